@@ -1,0 +1,1 @@
+"""jaxinfer: transformer inference in JAX on GPU meshes."""
