@@ -1,0 +1,18 @@
+"""How a model is laid out over devices: the mesh, the rules of placement, and the collectives between its parts."""
+
+from sharding.collectives import all_gather, axis_index, axis_size, psum
+from sharding.mesh import AXES, MeshError, TensorLimits, describe, make_mesh
+from sharding.rules import ShardingRules
+
+__all__ = [
+    "AXES",
+    "MeshError",
+    "ShardingRules",
+    "TensorLimits",
+    "all_gather",
+    "axis_index",
+    "axis_size",
+    "describe",
+    "make_mesh",
+    "psum",
+]
