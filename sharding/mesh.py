@@ -116,13 +116,15 @@ def _checked_sizes(mesh: Mapping[str, int], limits: TensorLimits, device_count: 
     """Return the axis sizes as ints, or raise MeshError with every problem found and the nearest mesh that works."""
     sizes: dict[str, int] = {}
     problems: list[str] = []
+    misnamed = 1  # devices asked for under names that do not exist: they still say how many are wanted
     for axis, size in mesh.items():
+        # bool is an int to Python, and {"tensor": True} is a mistake.
+        value = 0 if isinstance(size, bool | np.bool_) or not hasattr(size, "__index__") else operator.index(size)
         if axis not in AXES:
             problems.append(f"unknown axis {axis!r} (the axes are {', '.join(AXES)})")
+            misnamed *= max(value, 1)
             continue
-        # bool is an int to Python, and {"tensor": True} is a mistake.
-        value = None if isinstance(size, bool | np.bool_) or not hasattr(size, "__index__") else operator.index(size)
-        if value is None or value < 1:
+        if value < 1:
             problems.append(f"{axis}: expected a positive int, got {size!r}")
             continue
         sizes[axis] = value
@@ -140,18 +142,18 @@ def _checked_sizes(mesh: Mapping[str, int], limits: TensorLimits, device_count: 
         asked = ", ".join(f"{axis!r}: {size!r}" for axis, size in mesh.items())
         raise MeshError(
             f"mesh {{{asked}}} cannot be used on {present}: {'; '.join(problems)}. "
-            f"The nearest mesh that works is {_nearest(sizes, limits, device_count)}"
+            f"The nearest mesh that works is {_nearest(sizes, used * misnamed, limits, device_count)}"
         )
     return sizes
 
 
-def _nearest(wanted: Mapping[str, int], limits: TensorLimits, device_count: int) -> dict[str, int]:
-    """Return the valid mesh with the fewest factors of two between it and the wanted one, on each axis and in all."""
+def _nearest(wanted: Mapping[str, int], total: int, limits: TensorLimits, device_count: int) -> dict[str, int]:
+    """Return the valid mesh the fewest factors of two away from the wanted sizes and from the wanted total."""
 
     def distance(tensor: int, data: int) -> tuple[float, int, int]:
         offered = {"data": data, "tensor": tensor}
         steps = sum(abs(math.log2(wanted.get(axis, 1)) - math.log2(offered.get(axis, 1))) for axis in AXES)
-        steps += abs(math.log2(math.prod(wanted.values())) - math.log2(data * tensor))
+        steps += abs(math.log2(total) - math.log2(data * tensor))
         # Rounded so that equal distances stay equal in floating point; then more devices, then more tensor.
         return round(steps, 6), -data * tensor, -tensor
 
