@@ -1,0 +1,106 @@
+"""The attention half of a layer: projections, positions, the write into the blocks, and attention over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import pallas_kernels as ops
+from jaxinfer.models import positions
+from jaxinfer.models.norm import Norm
+from jaxinfer.models.parameter import matmul, parameter
+from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
+from sharding import axis_index, psum
+
+LayerCache = tuple[jax.Array, jax.Array]
+"""Key and value blocks of one layer, each [N, G, 64, D]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """What a step is given: new tokens of several sequences, and where their keys and values live.
+
+    Attributes:
+        tokens: int32 [B, T] token ids; any valid id where there is padding.
+        positions: int32 [B, T] place of each token in its sequence; negative marks padding.
+        tables: int32 [B, W] block tables, or None for a forward pass without a cache, whose sequences start at 0.
+        long: bool [B], sequences that take the long rotary frequencies; None where the model has one set.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    tables: jax.Array | None = None
+    long: jax.Array | None = None
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention with any of the position schemes.
+
+    Query, key and value are one weight ``[G, R + 2, D, H]``: for each key/value head its ``R`` query heads, its key and
+    its value. So one product gives all three, the tensor axis splits it at whole heads, and head counts are read off the
+    local shape.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
+        """Declare the weights ``qkv`` [G, R + 2, D, H] and ``out`` [H, G, R, D]."""
+        groups, dim = layout.kv_groups, spec.head_dim
+        per_group = spec.heads // groups
+        self.layer, self.softcap, self.alibi = layer, spec.softcap, spec.alibi
+        self.qkv = parameter((groups, per_group + 2, dim, spec.hidden), ("kv_heads", None, "head_dim", "hidden"), dtype)
+        self.out = parameter((spec.hidden, groups, per_group, dim), ("hidden", "kv_heads", None, "head_dim"), dtype)
+        self.qkv_biased, self.out_biased = spec.qkv_bias, spec.out_bias
+        if spec.qkv_bias:
+            self.qkv_bias = parameter((groups, per_group + 2, dim), ("kv_heads", None, "head_dim"), dtype)
+        if spec.out_bias:
+            self.out_bias = parameter((spec.hidden,), ("hidden",), dtype)
+        self.normed = spec.qk_norm is not None
+        if spec.qk_norm is not None:
+            self.query_norm = Norm(spec.qk_norm, dim, dtype)
+            self.key_norm = Norm(spec.qk_norm, dim, dtype)
+
+    def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; also the cache with the new tokens in it."""
+        with jax.named_scope("attention"):
+            qkv = matmul(x, self.qkv[...])
+            if self.qkv_biased:
+                qkv = qkv + self.qkv_bias[...]
+            query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
+            if self.normed:
+                query, key = self.query_norm(query), self.key_norm(key)
+            rotary = self.layer.rotary
+            if rotary is not None:
+                cos, sin = positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
+                query = positions.rotate(query, cos, sin, interleaved=rotary.interleaved)
+                key = positions.rotate(key, cos, sin, interleaved=rotary.interleaved)
+            key = key[..., 0, :]
+            bias = self._bias(query.shape[2], query.shape[3])
+            scale, window = self.layer.scale, self.layer.window
+            if cache is None or batch.tables is None:
+                y = ops.attention(
+                    query, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2), batch.positions,
+                    scale=scale, softcap=self.softcap, window=window, bias=bias,
+                )  # fmt: skip
+            else:
+                keys = ops.write_blocks(cache[0], key, batch.tables, batch.positions)
+                values = ops.write_blocks(cache[1], value, batch.tables, batch.positions)
+                cache = (keys, values)
+                y = ops.paged_attention(
+                    query, keys, values, batch.tables, batch.positions,
+                    scale=scale, softcap=self.softcap, window=window, bias=bias,
+                )  # fmt: skip
+            out = self.out[...]
+            y = matmul(y.reshape(*y.shape[:2], -1), out.reshape(out.shape[0], -1))
+            y = psum(y, "tensor")
+            return (y + self.out_bias[...] if self.out_biased else y), cache
+
+    def _bias(self, groups: int, per_group: int) -> ops.Bias | None:
+        """ALiBi for this device's heads."""
+        if self.alibi is None:
+            return None
+        slopes = jnp.asarray(self.alibi.slopes, jnp.float32).reshape(-1, per_group)
+        slopes = jax.lax.dynamic_slice_in_dim(slopes, axis_index("tensor") * groups, groups)
+        return ops.Bias(slopes=slopes, scaled=self.alibi.scaled, bfloat16=self.alibi.bfloat16)

@@ -1,0 +1,140 @@
+"""The decoder: ``embed -> layers -> unembed``, composed from a spec's parts.
+
+A module sees the local block of every array and takes head counts from shapes, so the same code runs bare on one device
+and as the body of ``jax.shard_map`` on a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.models.attention import Attention, Batch, LayerCache
+from jaxinfer.models.embedding import Embedding, Head
+from jaxinfer.models.mlp import Mlp
+from jaxinfer.models.norm import Norm
+from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
+
+Half = Callable[[jax.Array], jax.Array]
+"""Attention or MLP as a function of hidden states."""
+
+# One function a way of joining the stream; ``norms`` are called n1, n2, n1b, n2b in ``spec.Residual``.
+RESIDUALS: dict[str, tuple[int, Callable[[jax.Array, Sequence[Norm], Half, Half], jax.Array]]] = {}
+
+
+def _residual(name: str, norms: int) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
+    def register(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        RESIDUALS[name] = (norms, function)
+        return function
+
+    return register
+
+
+@_residual("pre", 2)
+def _pre(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+    x = x + attend(n[0](x))
+    return x + mlp(n[1](x))
+
+
+@_residual("post", 2)
+def _post(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+    x = n[0](x + attend(x))
+    return n[1](x + mlp(x))
+
+
+@_residual("normed", 2)
+def _normed(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+    x = n[0](x)
+    x = n[1](x + attend(x))
+    return x + mlp(x)
+
+
+@_residual("parallel", 1)
+def _parallel(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+    h = n[0](x)
+    return x + attend(h) + mlp(h)
+
+
+@_residual("parallel_two_norms", 2)
+def _parallel_two_norms(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+    return x + attend(n[0](x)) + mlp(n[1](x))
+
+
+@_residual("sandwich", 4)
+def _sandwich(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+    x = x + n[2](attend(n[0](x)))
+    return x + n[3](mlp(n[1](x)))
+
+
+class Layer(nnx.Module):
+    """One transformer layer: [B, T, H] to [B, T, H], and its cache with the new tokens written."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
+        """Declare the layer's parts."""
+        count, self.join = RESIDUALS[spec.residual]
+        self.norms = nnx.List([Norm(spec.norm, spec.hidden, dtype) for _ in range(count)])
+        self.attention = Attention(spec, layer, layout, dtype)
+        self.mlp = Mlp(spec, dtype)
+
+    def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        """Run the layer."""
+        written: list[LayerCache | None] = []
+
+        def attend(h: jax.Array) -> jax.Array:
+            y, new = self.attention(h, batch, cache)
+            written.append(new)
+            return y
+
+        return self.join(x, self.norms, attend, self.mlp), written[0]
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, dtype: jnp.dtype) -> None:
+        """Declare all parameters; call it through :func:`abstract`, which allocates nothing."""
+        self.embed = Embedding(spec, layout, dtype)
+        self.layers = nnx.List([Layer(spec, layer, layout, dtype) for layer in spec.layers])
+        self.head = Head(spec, layout, dtype)
+
+    def hidden_states(
+        self, batch: Batch, caches: Sequence[LayerCache] | None = None
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """Run embedding and layers: hidden states [B, T, H] before the final norm, and the written caches."""
+        x = self.embed(batch)
+        written: list[LayerCache] = []
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{index}"):
+                x, cache = layer(x, batch, None if caches is None else caches[index])
+            if cache is not None:
+                written.append(cache)
+        return x, written
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Turn hidden states [..., H] into float32 logits [..., V]."""
+        return self.head(x, self.embed)
+
+    def __call__(self, batch: Batch, caches: Sequence[LayerCache] | None = None) -> tuple[jax.Array, list[LayerCache]]:
+        """Compute the logits [B, T, V] of every position, and the written caches."""
+        x, written = self.hidden_states(batch, caches)
+        return self.logits(x), written
+
+
+def abstract(spec: ModelSpec, layout: Layout, dtype: jnp.dtype) -> Decoder:
+    """Build a decoder whose parameters are shapes only."""
+    return nnx.eval_shape(lambda: Decoder(spec, layout, dtype))
+
+
+def parameters(decoder: Decoder) -> dict[str, ParameterInfo]:
+    """List a decoder's parameters by dotted path (``layers.0.attention.qkv``), in the order of its flat leaves."""
+    _, state = nnx.split(decoder)
+    found: dict[str, ParameterInfo] = {}
+    for path, variable in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        value = variable.get_value()
+        name = ".".join(str(getattr(key, "key", key)) for key in path)
+        found[name] = ParameterInfo(tuple(value.shape), value.dtype, variable.axes)
+    return found

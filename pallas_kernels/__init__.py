@@ -1,0 +1,8 @@
+"""GPU kernels and their ``jax.numpy`` references. Usable on their own; imports nothing of the other packages."""
+
+from pallas_kernels.attention import BLOCK_SIZE as BLOCK_SIZE
+from pallas_kernels.attention import Bias as Bias
+from pallas_kernels.attention import attention as attention
+from pallas_kernels.attention import paged_attention as paged_attention
+from pallas_kernels.attention import read_blocks as read_blocks
+from pallas_kernels.attention import write_blocks as write_blocks

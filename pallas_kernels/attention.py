@@ -1,0 +1,180 @@
+"""Attention over a blocked KV cache: the write of new keys and values, and the attention of queries over blocks.
+
+Shapes: ``B`` sequences, ``T`` new tokens each, ``G`` key/value heads, ``R`` query heads per key/value head, ``D``
+entries a head, ``N`` blocks, ``S`` key positions. A block holds the keys (or values) of 64 tokens for every head,
+``[N, G, 64, D]``; a block table row names the blocks of one sequence in order, so that key position ``p`` lies in block
+``table[p // 64]`` at row ``p % 64``.
+
+The functions here are plain ``jax.numpy`` and run everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK_SIZE = 64
+"""Tokens in a block."""
+
+Implementation = Literal["dot", "reduce"]
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""Score of a key that a query may not see: finite, so that a row with no visible key stays finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bias:
+    """ALiBi: ``slopes[g, r] * key_position``, see :class:`jaxinfer.models.spec.Alibi` for the two options."""
+
+    slopes: jax.Array
+    scaled: bool = False
+    bfloat16: bool = False
+
+    def scores(self, positions: jax.Array) -> jax.Array:
+        """The bias of key ``positions`` [S], as float32 [G, R, 1, S]."""
+        slopes, keys = self.slopes.astype(jnp.float32), positions.astype(jnp.float32)
+        if not self.bfloat16:
+            return slopes[:, :, None, None] * keys
+        # reduce_precision, because XLA may drop a round trip through bfloat16 as excess precision.
+        slopes, keys = lax.reduce_precision(slopes, 8, 7), lax.reduce_precision(keys, 8, 7)
+        return lax.reduce_precision(slopes[:, :, None, None] * keys, 8, 7)
+
+
+def write_blocks(blocks: jax.Array, values: jax.Array, tables: jax.Array, positions: jax.Array) -> jax.Array:
+    """Write new keys (or values) into their blocks.
+
+    Args:
+        blocks: [N, G, 64, D]; donate it, so that the write is in place.
+        values: [B, T, G, D], cast to the dtype of ``blocks``.
+        tables: int32 [B, W] block tables.
+        positions: int32 [B, T]; a negative one marks padding, which is not written.
+
+    Returns:
+        The blocks with the rows written.
+    """
+    num_blocks, groups, size, dim = blocks.shape
+    batch, tokens = positions.shape
+    safe = jnp.maximum(positions, 0)
+    block = jnp.take_along_axis(tables, safe // size, axis=1, mode="clip")
+    rows = (block[:, :, None] * groups + jnp.arange(groups)) * size + (safe % size)[:, :, None]
+    # Rows of a matrix, not (block, offset) pairs: XLA transposes the operand of a scatter whose indexed axes are not the
+    # leading ones, which would copy the whole cache at every step. Padding goes to rows past the end, each its own.
+    past_end = num_blocks * groups * size + jnp.arange(batch * tokens * groups).reshape(rows.shape)
+    rows = jnp.where((positions >= 0)[:, :, None], rows, past_end)
+    flat = blocks.reshape(num_blocks * groups * size, dim)
+    flat = flat.at[rows.reshape(-1)].set(values.reshape(-1, dim).astype(blocks.dtype), mode="drop", unique_indices=True)
+    return flat.reshape(blocks.shape)
+
+
+def read_blocks(blocks: jax.Array, tables: jax.Array) -> jax.Array:
+    """Gather the blocks of each sequence: [N, G, 64, D] and [B, W] to [B, G, W * 64, D]."""
+    num_blocks, groups, size, dim = blocks.shape
+    batch, width = tables.shape
+    # Head-major, so that the products below need no transpose of what was gathered.
+    rows = tables[:, None, :] * groups + jnp.arange(groups)[None, :, None]
+    gathered = jnp.take(blocks.reshape(num_blocks * groups, size, dim), rows, axis=0, mode="clip")
+    return gathered.reshape(batch, groups, width * size, dim)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_positions: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    bias: Bias | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Causal attention of queries over keys that start at position 0.
+
+    Args:
+        query: [B, T, G, R, D].
+        key, value: [B, G, S, D]; the key at index ``s`` has position ``s``.
+        query_positions: int32 [B, T]; keys after a query's position are not seen. A negative one marks padding, whose
+            result is finite and meaningless.
+        scale: multiplies the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        window: a query sees itself and the ``window - 1`` keys before it.
+        bias: ALiBi.
+        implementation: ``dot`` uses matrix products, ``reduce`` multiplies and sums, which XLA fuses with the gather of
+            the blocks; None picks ``reduce`` for one query token on a GPU where few query heads share a key.
+
+    Returns:
+        [B, T, G, R, D] in the dtype of ``query``. Scores and softmax are float32.
+    """
+    if implementation is None:
+        single = query.shape[1] == 1 and query.shape[3] <= 2
+        implementation = "reduce" if single and jax.default_backend() == "gpu" else "dot"
+    elif implementation not in ("dot", "reduce"):
+        raise ValueError(f"implementation must be 'dot', 'reduce' or None, got {implementation!r}")
+    positions = jnp.arange(key.shape[2], dtype=jnp.int32)
+    if implementation == "dot":
+        scores = jnp.einsum("btgrd,bgsd->bgrts", query, key, preferred_element_type=jnp.float32)
+    else:
+        scores = jnp.sum(
+            jnp.moveaxis(query, 1, 3)[:, :, :, :, None].astype(jnp.float32) * key[:, :, None, None].astype(jnp.float32),
+            -1,
+        )
+    if bias is not None and bias.scaled:
+        scores = scores + bias.scores(positions)
+    scores = scores * scale
+    if softcap is not None:
+        scores = jnp.tanh(scores / softcap) * softcap
+    if bias is not None and not bias.scaled:
+        scores = scores + bias.scores(positions)
+    distance = jnp.maximum(query_positions, 0)[:, :, None] - positions
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    if implementation == "dot":
+        out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    else:
+        out = jnp.sum(weights[..., None] * value[:, :, None, None].astype(jnp.float32), axis=-2)
+        out = jnp.moveaxis(out, 3, 1)
+    return out.astype(query.dtype)
+
+
+def paged_attention(
+    query: jax.Array,
+    key_blocks: jax.Array,
+    value_blocks: jax.Array,
+    tables: jax.Array,
+    query_positions: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    bias: Bias | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Causal attention of queries over the blocks of their sequences; one query token is decode, several are prefill.
+
+    Args:
+        query: [B, T, G, R, D].
+        key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
+        tables: int32 [B, W]; entries past a sequence's length may name any block that holds finite values.
+        query_positions: int32 [B, T], as in :func:`attention`.
+        scale, softcap, window, bias, implementation: as in :func:`attention`.
+
+    Returns:
+        [B, T, G, R, D] in the dtype of ``query``.
+    """
+    return attention(
+        query,
+        read_blocks(key_blocks, tables),
+        read_blocks(value_blocks, tables),
+        query_positions,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        bias=bias,
+        implementation=implementation,
+    )
