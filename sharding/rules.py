@@ -51,10 +51,10 @@ class ShardingRules:
                 raise MeshError(f"rule {field.name}: expected None or one of {', '.join(AXES)}, got {axis!r}")
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """Return the PartitionSpec of an array whose dimensions have these logical axes; None is a dimension kept whole.
+        """Return the PartitionSpec of an array whose dimensions have these logical axes.
 
         Args:
-            axes: one logical name, or None, for each dimension.
+            axes: for each dimension a logical name, or None to keep it whole.
 
         Raises:
             MeshError: an unknown logical name, or two dimensions on one mesh axis.

@@ -59,7 +59,7 @@ def test_unknown_names_are_refused():
 
 
 def test_two_dimensions_on_one_mesh_axis_are_refused():
-    with pytest.raises(MeshError, match="'heads' and 'mlp' .* mesh axis 'tensor'"):
+    with pytest.raises(MeshError, match=r"'heads' and 'mlp' .* mesh axis 'tensor'"):
         ShardingRules().spec(("heads", "mlp"))
 
 
