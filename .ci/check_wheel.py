@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ NEEDED = [
 def main() -> None:
     """Exit with a message at the first thing that is wrong."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    # setuptools would put what an earlier build left there into this wheel.
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", scratch, str(ROOT)], check=True)
         [wheel] = Path(scratch).glob("*.whl")
