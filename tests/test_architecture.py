@@ -1,4 +1,4 @@
-"""What holds for the whole repository: which package may import which, what is never used, and that tests mirror code."""
+"""What holds for the whole repository: who may import what, what is never used, and that tests mirror code."""
 
 from __future__ import annotations
 
