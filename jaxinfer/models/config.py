@@ -12,8 +12,20 @@ from jaxinfer.errors import ConfigError, listed
 
 # Fields of transformers' configurations that do not change the logits of a dense decoder in inference.
 NEUTRAL = frozenset(
-    ["architectures", "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "dropout", "dtype", "embd_pdrop", "embed_dropout", "embedding_dropout", "eos_token_id", "experts_implementation", "finetuning_task", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "layerdrop", "model_type", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "resid_dropout", "resid_pdrop", "return_dict", "sep_token_id", "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "attention_type", "num_labels", "head_dropout", "cache_implementation", "activation_dropout", "init_std", "torchscript"]
-)
+    [
+        "activation_dropout", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+        "attention_type", "attn_implementation", "attn_pdrop", "bos_token_id", "cache_implementation",
+        "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "dropout", "dtype",
+        "embd_pdrop", "embed_dropout", "embedding_dropout", "eos_token_id", "experts_implementation",
+        "finetuning_task", "head_dropout", "hidden_dropout", "hidden_dropout_prob", "id2label", "init_std",
+        "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "layerdrop", "model_type",
+        "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "prefix",
+        "pretraining_tp", "problem_type", "resid_dropout", "resid_pdrop", "return_dict", "sep_token_id",
+        "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+        "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
+        "torchscript", "transformers_version", "unk_token_id", "use_cache",
+    ]
+)  # fmt: skip
 
 
 class ConfigReader:
@@ -45,6 +57,21 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             raise ConfigError(f"{self.family} config: {name} must be a positive integer, got {value!r}")
         return value
+
+    def optional_integer(self, name: str) -> int | None:
+        """Read a positive integer, or None where the field is unset."""
+        return None if self.get(name) is None else self.integer(name)
+
+    def divide(self, name: str, by: str) -> int:
+        """Read two positive integers and divide the first by the second.
+
+        Raises:
+            ConfigError: it does not divide.
+        """
+        value, divisor = self.integer(name), self.integer(by)
+        if value % divisor:
+            raise ConfigError(f"{self.family} config: {name}={value} is not a multiple of {by}={divisor}")
+        return value // divisor
 
     def number(self, name: str, default: float | None = None) -> float:
         """Read a positive finite number.
@@ -109,6 +136,19 @@ class ConfigReader:
                 f"{self.family} config: layer_types {listed(unknown)} not implemented, only {listed(known)}"
             )
         return tuple(value)
+
+    def windows(self, count: int) -> tuple[int | None, ...]:
+        """Read each layer's sliding window, in tokens, from ``layer_types`` and ``sliding_window``; None sees all.
+
+        Raises:
+            ConfigError: as :meth:`layer_types`; or a layer slides and ``sliding_window`` is unset.
+        """
+        full, sliding = "full_attention", "sliding_attention"
+        types = self.layer_types(count, (full, sliding)) or (full,) * count
+        window = self.optional_integer("sliding_window")
+        if window is None and sliding in types:
+            raise ConfigError(f"{self.family} config: layer_types has {sliding} but sliding_window is unset")
+        return tuple(window if kind == sliding else None for kind in types)
 
     def finish(self) -> None:
         """Refuse fields that nobody read and that are not at their class's default.

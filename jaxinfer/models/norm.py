@@ -14,9 +14,10 @@ class Norm(nnx.Module):
     """A normalisation of the last axis: [..., size] to [..., size], computed in float32."""
 
     def __init__(self, norm: specs.Norm, size: int, dtype: jnp.dtype) -> None:
-        """Declare the weight (and bias) of ``size`` entries."""
+        """Declare the weight and bias, each of ``size`` entries, that ``norm`` has."""
         self.norm = norm
-        self.scale = parameter((size,), (None,), dtype)
+        if norm.weight:
+            self.scale = parameter((size,), (None,), dtype)
         if norm.bias:
             self.bias = parameter((size,), (None,), dtype)
 
@@ -27,8 +28,9 @@ class Norm(nnx.Module):
             if self.norm.kind == "layer":
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
             y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.norm.eps)
-            scale = self.scale[...].astype(jnp.float32)
-            y = y * (1.0 + scale if self.norm.unit_offset else scale)
+            if self.norm.weight:
+                scale = self.scale[...].astype(jnp.float32)
+                y = y * (1.0 + scale if self.norm.unit_offset else scale)
             if self.norm.bias:
                 y = y + self.bias[...].astype(jnp.float32)
             return y.astype(x.dtype)

@@ -35,18 +35,24 @@ _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def rotary(
-    parameters: Mapping[str, Any] | None, head_dim: int, max_positions: int, *, interleaved: bool = False
+    parameters: Mapping[str, Any] | None,
+    head_dim: int,
+    max_positions: int,
+    *,
+    partial: bool = False,
+    interleaved: bool = False,
 ) -> Rotary:
     """Compute the frequencies that transformers' ``rope_parameters`` ask for.
 
-    ``dynamic`` scales the base only when a sequence grows past ``max_position_embeddings``, and then differently at every
-    length, which keys that are cached already rotated cannot follow. The context ends there, so within it ``dynamic`` is
-    ``default``, and that is what it means here. ``longrope`` has two sets: see :attr:`Rotary.long_from`.
+    ``dynamic`` scales the base only when a sequence grows past ``max_position_embeddings``, and then differently at
+    every length, which keys that are cached already rotated cannot follow. The context ends there, so within it
+    ``dynamic`` is ``default``, and that is what it means here. ``longrope`` has two sets: see :attr:`Rotary.long_from`.
 
     Args:
         parameters: ``rope_parameters`` of the configuration; for a model with one set a layer type, that type's.
-        head_dim: entries of a head, of which ``partial_rotary_factor`` are rotated.
+        head_dim: entries of a head.
         max_positions: ``max_position_embeddings``.
+        partial: the family rotates only ``partial_rotary_factor`` of each head.
         interleaved: pairs are neighbours rather than halves.
 
     Raises:
@@ -70,7 +76,10 @@ def rotary(
             raise ConfigError(f"rope_parameters.{key}: expected a positive number, got {value!r}")
         return float(value)
 
-    dim = int(head_dim * number("partial_rotary_factor", 1.0))
+    fraction = number("partial_rotary_factor", 1.0)
+    if fraction > 1 or (fraction != 1 and not partial):
+        raise ConfigError(f"rope_parameters.partial_rotary_factor: {fraction:g} is not implemented for this family")
+    dim = int(head_dim * fraction)
     base = number("rope_theta", 10000.0)
     if dim < 2 or dim % 2:
         raise ConfigError(f"rope_parameters: the rotated part of a head must be even and at least 2, got {dim}")

@@ -70,11 +70,17 @@ class SourceTable:
         self.sources[path] = (Piece(name, shape, region=tuple(slice(0, size) for size in shape)),)
 
     def norm(self, path: str, name: str, norm: Norm | None = None, size: int | None = None) -> None:
-        """A norm's ``name.weight`` and, where it has one, ``name.bias``."""
-        shape = (size or self.spec.hidden,)
-        self.whole(f"{path}.scale", f"{name}.weight", shape)
-        if (norm or self.spec.norm).bias:
+        """A norm's ``name.weight`` and ``name.bias``, of which it may lack either."""
+        shape, norm = (size or self.spec.hidden,), norm or self.spec.norm
+        if norm.weight:
+            self.whole(f"{path}.scale", f"{name}.weight", shape)
+        if norm.bias:
             self.whole(f"{path}.bias", f"{name}.bias", shape)
+
+    def learned_positions(self, name: str) -> None:
+        """The position table, with the rows that its offset leaves unused."""
+        rows = (self.spec.learned_positions or 0) + self.spec.position_offset
+        self.whole("embed.positions", name, (rows, self.spec.hidden))
 
     def up(self, path: str, name: str, *, transposed: bool = False) -> None:
         """The first matrix of a plain MLP ``name.weight``, and its bias."""
@@ -93,6 +99,11 @@ class SourceTable:
                     for i, name in enumerate((gate, up))
                 )
 
+    def gate_up_fused(self, path: str, name: str) -> None:
+        """The first matrices of a gated MLP without biases as one tensor, gate first."""
+        width, hidden = self.spec.intermediate, self.spec.hidden
+        self.whole(f"{path}.up", f"{name}.weight", (2 * width, hidden), lambda t: t.reshape(2, width, hidden))
+
     def down(self, path: str, name: str, *, transposed: bool = False) -> None:
         """The last matrix of an MLP, and its bias."""
         shape = (self.spec.hidden, self.spec.intermediate)
@@ -109,6 +120,12 @@ class SourceTable:
         self.whole(f"{path}.out", f"{name}.weight", shape, lambda t: (t.T if transposed else t).reshape(target))
         if spec.out_bias:
             self.whole(f"{path}.out_bias", f"{name}.bias", (spec.hidden,))
+
+    def qk_norms(self, path: str, query: str, key: str) -> None:
+        """The norms over each head's query and key, where the spec has them."""
+        if self.spec.qk_norm is not None:
+            self.norm(f"{path}.query_norm", query, self.spec.qk_norm, self.spec.head_dim)
+            self.norm(f"{path}.key_norm", key, self.spec.qk_norm, self.spec.head_dim)
 
     def qkv_separate(self, path: str, query: str, key: str, value: str) -> None:
         """Query, key and value as three tensors ``[heads * D, H]``; and their biases."""

@@ -1,7 +1,7 @@
 """The architecture of a decoder, and nothing else: no mesh, dtype, kernel or cache.
 
-A family file turns a transformers configuration into a :class:`ModelSpec`. The modules are composed from its parts once,
-at construction, so that no forward pass asks which family it belongs to.
+A family file turns a transformers configuration into a :class:`ModelSpec`. The modules are composed from its parts
+once, at construction, so that no forward pass asks which family it belongs to.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ class Norm:
     Attributes:
         kind: ``rms`` or ``layer`` (mean subtracted).
         eps: added to the mean square (variance) before the square root.
+        weight: whether there is a learned factor.
         bias: whether there is an additive bias.
         unit_offset: the stored weight is the distance from one (Gemma).
     """
 
     kind: Literal["rms", "layer"]
     eps: float
+    weight: bool = True
     bias: bool = False
     unit_offset: bool = False
 

@@ -14,8 +14,8 @@ from jaxinfer.models.sources import Piece, Sources
 from jaxinfer.models.spec import Layout, ModelSpec
 
 FAMILIES = (
-    "bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "phi3",
-    "qwen2", "qwen3",
+    "bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt",
+    "phi3", "qwen2", "qwen3",
 )  # fmt: skip
 """transformers' ``model_type`` of every family; each is a module of this package."""
 
@@ -61,6 +61,8 @@ def spec_of(config: Any) -> ModelSpec:
     chosen = family(config.model_type)
     if wrong:
         raise ConfigError(f"{config.model_type} config: architectures {wrong} is not a causal language model")
+    if getattr(config, "is_heterogeneous", False):
+        raise ConfigError(f"{config.model_type} config: per_layer_config is not implemented")
     reader = ConfigReader(config)
     reader.require("is_encoder_decoder", False)
     reader.require("add_cross_attention", False)

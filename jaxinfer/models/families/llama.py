@@ -13,13 +13,19 @@ IGNORED = (r".*rotary_emb\.inv_freq",)
 
 def spec(config: ConfigReader) -> ModelSpec:
     """Turn a Llama configuration into a spec."""
+    return shared(config)
+
+
+def shared(config: ConfigReader, *, partial: bool = False) -> ModelSpec:
+    """What Llama and the families that grew from it have in common; ``partial``: heads may be rotated in part."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", hidden // heads)
     context = config.integer("max_position_embeddings")
-    layer = LayerSpec(scale=head_dim**-0.5, rotary=rotary(config.get("rope_parameters"), head_dim, context))
+    turn = rotary(config.get("rope_parameters"), head_dim, context, partial=partial)
+    layer = LayerSpec(scale=head_dim**-0.5, rotary=turn)
     attention_bias = config.flag("attention_bias", False)
     return ModelSpec(
-        family="llama",
+        family=config.family,
         vocab_size=config.integer("vocab_size"),
         hidden=hidden,
         intermediate=config.integer("intermediate_size"),
@@ -39,7 +45,7 @@ def spec(config: ConfigReader) -> ModelSpec:
 
 
 def sources(spec: ModelSpec, layout: Layout) -> Sources:
-    """Name the tensors of a Llama checkpoint."""
+    """Name the tensors of a Llama checkpoint, and of those that add a norm on queries and keys."""
     table = SourceTable(spec, layout)
     table.vocab("embed.tokens", "model.embed_tokens.weight")
     for i in range(spec.num_layers):
@@ -48,6 +54,7 @@ def sources(spec: ModelSpec, layout: Layout) -> Sources:
         table.norm(f"{ours}.norms.1", f"{theirs}.post_attention_layernorm")
         attention = f"{theirs}.self_attn"
         table.qkv_separate(f"{ours}.attention", f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
+        table.qk_norms(f"{ours}.attention", f"{attention}.q_norm", f"{attention}.k_norm")
         table.out(f"{ours}.attention", f"{attention}.o_proj")
         table.gate_up(f"{ours}.mlp", f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
         table.down(f"{ours}.mlp", f"{theirs}.mlp.down_proj")
