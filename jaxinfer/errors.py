@@ -35,6 +35,6 @@ class CapacityError(JaxinferError, ValueError):
 
 def listed(names: Iterable[object], limit: int = 10) -> str:
     """Join names for an error message: at most ``limit`` of them, then how many more there are."""
-    names = [str(name) for name in names]
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    texts = [str(name) for name in names]
+    shown = ", ".join(texts[:limit])
+    return shown if len(texts) <= limit else f"{shown} and {len(texts) - limit} more"

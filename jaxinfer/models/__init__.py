@@ -1,0 +1,1 @@
+"""Decoders composed from a specification, and the families that fill one in."""

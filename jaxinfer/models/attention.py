@@ -40,9 +40,9 @@ class Batch:
 class Attention(nnx.Module):
     """Multi-head, grouped-query or multi-query attention with any of the position schemes.
 
-    Query, key and value are one weight ``[G, R + 2, D, H]``: for each key/value head its ``R`` query heads, its key and
-    its value. So one product gives all three, the tensor axis splits it at whole heads, and head counts are read off the
-    local shape.
+    Query, key and value are one weight ``[G, R + 2, D, H]``: for each key/value head its ``R`` query heads, its key
+    and its value. So one product gives all three, the tensor axis splits it at whole heads, and head counts are read
+    off the local shape.
     """
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
             self.key_norm = Norm(spec.qk_norm, dim, dtype)
 
     def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; also the cache with the new tokens in it."""
+        """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; and write the new tokens to the cache."""
         with jax.named_scope("attention"):
             qkv = matmul(x, self.qkv[...])
             if self.qkv_biased:
