@@ -61,8 +61,8 @@ def write_blocks(blocks: jax.Array, values: jax.Array, tables: jax.Array, positi
     safe = jnp.maximum(positions, 0)
     block = jnp.take_along_axis(tables, safe // size, axis=1, mode="clip")
     rows = (block[:, :, None] * groups + jnp.arange(groups)) * size + (safe % size)[:, :, None]
-    # Rows of a matrix, not (block, offset) pairs: XLA transposes the operand of a scatter whose indexed axes are not the
-    # leading ones, which would copy the whole cache at every step. Padding goes to rows past the end, each its own.
+    # Rows of a matrix, not (block, offset) pairs: XLA transposes the operand of a scatter whose indexed axes are not
+    # the leading ones, which would copy the whole cache at every step. Padding goes to rows past the end, each its own.
     past_end = num_blocks * groups * size + jnp.arange(batch * tokens * groups).reshape(rows.shape)
     rows = jnp.where((positions >= 0)[:, :, None], rows, past_end)
     flat = blocks.reshape(num_blocks * groups * size, dim)

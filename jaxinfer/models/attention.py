@@ -63,7 +63,7 @@ class Attention(nnx.Module):
             self.key_norm = Norm(spec.qk_norm, dim, dtype)
 
     def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; and write the new tokens to the cache."""
+        """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; new tokens are written to the cache."""
         with jax.named_scope("attention"):
             qkv = matmul(x, self.qkv[...])
             if self.qkv_biased:

@@ -1,0 +1,367 @@
+"""The resident executor: all parameters on the devices, one compiled step over all layers.
+
+A step's body runs under one ``jax.shard_map``, so modules see local blocks and their collectives are explicit. Steps
+take parameters as flat leaves (82 us of dispatch for 384 leaves, against 892 us for a module) and donate the caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.generation.sampling import (
+    PenaltyState,
+    SamplerFeatures,
+    SamplingRows,
+    empty_penalties,
+    fill_penalties,
+    rank_logprobs,
+    sample,
+)
+from jaxinfer.models.attention import Batch, LayerCache
+from jaxinfer.models.decoder import Decoder, abstract
+from jaxinfer.plan import Plan
+
+Array = jax.Array | np.ndarray
+CACHE_AXES = ("blocks", "kv_heads", "block_tokens", "head_dim")
+ERROR_TOKEN = -1
+"""Stands for a token where the logits were not finite."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillInputs:
+    """What a prefill step is given, rows of all data shards one after the other.
+
+    Attributes:
+        tokens, positions: int32 [P, C]; a negative position marks padding.
+        tables: int32 [P, W] block tables.
+        last: int32 [P], the column whose logits are sampled from.
+        slots: int32 [P], where the sampled token goes; the number of slots where there is none to go.
+        step: int32 [P], output tokens before this one.
+        rows: sampling parameters of the rows.
+        long: bool [P], or None; see :class:`jaxinfer.models.attention.Batch`.
+        targets: int32 [P, C], the token after each one, for the log-probabilities of the prompt; None without them.
+        history: int32 [P, 2, H] prompt and output tokens so far, padded, where penalties need them; else None.
+    """
+
+    tokens: Array
+    positions: Array
+    tables: Array
+    last: Array
+    slots: Array
+    step: Array
+    rows: SamplingRows
+    long: Array | None = None
+    targets: Array | None = None
+    history: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeInputs:
+    """What a decode step is given, slots of all data shards one after the other.
+
+    Attributes:
+        positions: int32 [B], place of the token that is fed first.
+        steps: int32 [B], tokens to advance by; 0 for an empty slot.
+        step: int32 [B], output tokens before the first.
+        tables: int32 [B, W] block tables.
+        rows: sampling parameters of the slots.
+        long: bool [B], or None.
+    """
+
+    positions: Array
+    steps: Array
+    step: Array
+    tables: Array
+    rows: SamplingRows
+    long: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens that a step drew, :data:`ERROR_TOKEN` where there is none; the rest where log-probabilities are asked.
+
+    Shapes have a leading axis of steps in decode: ``tokens`` int32 [(K,) B], ``logprob`` float32, ``rank`` int32,
+    ``top_ids`` and ``top_logprobs`` [(K,) B, L].
+    """
+
+    tokens: Array
+    logprob: Array | None = None
+    rank: Array | None = None
+    top_ids: Array | None = None
+    top_logprobs: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PromptReport:
+    """Of each prompt token: ``logits`` [P, C, V], or the log-probability of the next (``logprob``, ``rank`` [P, C])."""
+
+    logits: Array | None = None
+    logprob: Array | None = None
+    rank: Array | None = None
+    top_ids: Array | None = None
+    top_logprobs: Array | None = None
+
+
+@dataclass(frozen=True)
+class PromptWish:
+    """What a prefill step reports of the prompt; static.
+
+    Attributes:
+        logits: the logits of every position.
+        logprobs: alternatives beside each prompt token's log-probability; None for no log-probabilities.
+    """
+
+    logits: bool = False
+    logprobs: int | None = None
+
+
+class Executor:
+    """Runs prefill and decode steps of a plan on a mesh.
+
+    Args:
+        plan: the plan.
+        mesh: the mesh, with the plan's sizes.
+        leaves: parameters by path, placed as :meth:`placements` says.
+        on_compile: called with a description; returns a context that spans the compilation of a step.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        leaves: Mapping[str, jax.Array],
+        on_compile: Callable[[str], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        """Allocate the caches."""
+        self.plan, self.mesh = plan, mesh
+        decoder = abstract(plan.spec, plan.layout, jnp.dtype(plan.dtype))
+        self._graphdef, state = nnx.split(decoder)
+        self._treedef = jax.tree.structure(state)
+        self._leaves = [leaves[path] for path in plan.parameters]
+        self._leaf_specs = [plan.rules.spec(info.axes) for info in plan.parameters.values()]
+        self._cache_spec = plan.rules.spec(CACHE_AXES)
+        self._rows = plan.rules.spec(("batch",))
+        self._steps_rows = plan.rules.spec((None, "batch"))
+        self._on_compile = on_compile or (lambda _: contextlib.nullcontext())
+        self._compiled: dict[Any, Any] = {}
+        self._penalties: PenaltyState | None = None
+        self.batch = plan.slots * plan.shards
+        self.caches = self._empty_caches()
+        self.last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
+
+    @staticmethod
+    def placements(plan: Plan, mesh: Mesh) -> dict[str, NamedSharding]:
+        """Where each parameter of a plan belongs."""
+        return {path: NamedSharding(mesh, plan.rules.spec(info.axes)) for path, info in plan.parameters.items()}
+
+    def prefill(self, inputs: PrefillInputs, features: SamplerFeatures, wish: PromptWish) -> tuple[Drawn, PromptReport]:
+        """Compute chunks of prompts; rows that complete theirs sample a token. Returns at once."""
+        penalties = self._penalty_state() if features.penalties else None
+        key = ("prefill", _shapes(inputs), features, wish)
+        rows, tokens = inputs.tokens.shape
+        step = self._step(
+            key,
+            f"prefill of {rows} x {tokens} tokens, context {inputs.tables.shape[1] * 64}",
+            functools.partial(self._prefill_body, features=features, wish=wish),
+            (inputs, penalties),
+            (self._rows, self._rows),
+        )
+        self.caches, self.last, self._penalties_after, drawn, report = step(
+            self._leaves, self.caches, self.last, penalties, inputs
+        )
+        if features.penalties:
+            self._penalties = self._penalties_after
+        return _fetching(drawn), _fetching(report)
+
+    def decode(self, inputs: DecodeInputs, features: SamplerFeatures) -> Drawn:
+        """Advance every slot by the plan's ``decode_chunk`` tokens, or fewer where it says so. Returns at once."""
+        penalties = self._penalty_state() if features.penalties else None
+        step = self._step(
+            ("decode", _shapes(inputs), features),
+            f"decode of {self.batch} slots, context {inputs.tables.shape[1] * 64}",
+            functools.partial(self._decode_body, features=features),
+            (inputs, penalties),
+            (self._steps_rows, None),
+        )
+        self.caches, self.last, penalties, drawn, _ = step(self._leaves, self.caches, self.last, penalties, inputs)
+        if features.penalties:
+            self._penalties = penalties
+        return _fetching(drawn)
+
+    def clear_blocks(self, shard: int, blocks: Sequence[int]) -> None:
+        """Zero blocks that may hold values that are not finite, before another sequence gets them."""
+        size = 1 << max(len(blocks) - 1, 0).bit_length()
+        ids = np.full((self.plan.shards, size), self.plan.num_blocks, np.int32)
+        ids[shard, : len(blocks)] = blocks
+
+        def body(caches: list[LayerCache], ids: jax.Array) -> list[LayerCache]:
+            return [(k.at[ids[0]].set(0, mode="drop"), v.at[ids[0]].set(0, mode="drop")) for k, v in caches]
+
+        key = ("clear", size)
+        if key not in self._compiled:
+            cache_specs = [(self._cache_spec, self._cache_spec)] * self.plan.spec.num_layers
+            mapped = jax.shard_map(
+                body, mesh=self.mesh, in_specs=(cache_specs, self._rows), out_specs=cache_specs, check_vma=False
+            )
+            self._compiled[key] = jax.jit(mapped, donate_argnums=0)
+        self.caches = self._compiled[key](self.caches, ids)
+
+    def compiled(self) -> dict[str, Any]:
+        """The compiled steps by description, for their HLO and memory analysis."""
+        return {str(key): value for key, value in self._compiled.items() if hasattr(value, "memory_analysis")}
+
+    # The bodies below run under shard_map: every array is this device's block.
+
+    def _prefill_body(
+        self,
+        leaves: list[jax.Array],
+        caches: list[LayerCache],
+        last: jax.Array,
+        penalties: PenaltyState | None,
+        inputs: PrefillInputs,
+        *,
+        features: SamplerFeatures,
+        wish: PromptWish,
+    ) -> tuple[list[LayerCache], jax.Array, PenaltyState | None, Drawn, PromptReport]:
+        model = self._model(leaves)
+        batch = Batch(inputs.tokens, inputs.positions, inputs.tables, inputs.long)
+        hidden, caches = model.hidden_states(batch, caches)
+        rows = jnp.arange(hidden.shape[0])
+        logits = model.logits(hidden[rows, inputs.last])
+        own: PenaltyState | None = None
+        if features.penalties:
+            assert inputs.history is not None
+            own = empty_penalties(hidden.shape[0], logits.shape[-1])
+            for row in range(hidden.shape[0]):
+                own = fill_penalties(own, row, inputs.history[row, 0], inputs.history[row, 1])
+        sampled, own = sample(logits, inputs.rows, own, inputs.step, features)
+        last = last.at[inputs.slots].set(sampled.token, mode="drop")
+        if penalties is not None and own is not None:
+            penalties = jax.tree.map(lambda all_, new: all_.at[inputs.slots].set(new, mode="drop"), penalties, own)
+        return caches, last, penalties, _drawn(sampled, features), self._report(model, hidden, inputs.targets, wish)
+
+    def _report(self, model: Decoder, hidden: jax.Array, targets: jax.Array | None, wish: PromptWish) -> PromptReport:
+        # One row at a time: the logits of all would be the largest arrays of the step.
+        logits = jax.lax.map(model.logits, hidden) if wish.logits else None
+        if wish.logprobs is None or targets is None:
+            return PromptReport(logits=logits)
+        count = wish.logprobs
+
+        def of_row(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            return rank_logprobs(model.logits(row[0]), row[1], count)
+
+        logprob, rank, top_ids, top_logprobs = jax.lax.map(of_row, (hidden, targets))
+        return PromptReport(logits, logprob, rank, top_ids, top_logprobs)
+
+    def _decode_body(
+        self,
+        leaves: list[jax.Array],
+        caches: list[LayerCache],
+        last: jax.Array,
+        penalties: PenaltyState | None,
+        inputs: DecodeInputs,
+        *,
+        features: SamplerFeatures,
+    ) -> tuple[list[LayerCache], jax.Array, PenaltyState | None, Drawn, None]:
+        model = self._model(leaves)
+
+        def one(carry: tuple[Any, ...], index: jax.Array) -> tuple[tuple[Any, ...], Drawn]:
+            caches, last, penalties = carry
+            active = index < inputs.steps
+            positions = jnp.where(active, inputs.positions + index, -1)
+            batch = Batch(last[:, None], positions[:, None], inputs.tables, inputs.long)
+            hidden, caches = model.hidden_states(batch, caches)
+            sampled, penalties = sample(
+                model.logits(hidden[:, 0]), inputs.rows, penalties, inputs.step + index, features
+            )
+            return (caches, jnp.where(active, sampled.token, last), penalties), _drawn(sampled, features)
+
+        # A static trip count: a while loop that looks at its data syncs with the host at every token.
+        steps = jnp.arange(self.plan.decode_chunk, dtype=jnp.int32)
+        (caches, last, penalties), drawn = jax.lax.scan(one, (caches, last, penalties), steps)
+        return caches, last, penalties, drawn, None
+
+    def _model(self, leaves: list[jax.Array]) -> Decoder:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+
+    def _step(
+        self,
+        key: Any,
+        description: str,
+        body: Callable[..., Any],
+        arguments: tuple[Any, PenaltyState | None],
+        result_specs: tuple[Any, Any],
+    ) -> Any:
+        """The compiled step for a key, compiled now if this is its first use."""
+        if key in self._compiled:
+            return self._compiled[key]
+        inputs, penalties = arguments
+        cache_specs = [(self._cache_spec, self._cache_spec)] * self.plan.spec.num_layers
+        kept = (cache_specs, self._rows, self._rows)
+        in_specs = (self._leaf_specs, *kept, self._rows)
+        mapped = jax.shard_map(
+            body, mesh=self.mesh, in_specs=in_specs, out_specs=(*kept, *result_specs), check_vma=False
+        )
+        in_shardings = jax.tree.map(self._sharding, in_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        jitted = jax.jit(mapped, in_shardings=in_shardings, donate_argnums=(1, 2, 3))
+        precision: Any = contextlib.nullcontext()
+        if self.plan.dtype == "float32":
+            # Without it a GPU multiplies float32 as TF32, with 10 bits of mantissa.
+            precision = jax.default_matmul_precision("highest")
+        with self._on_compile(description), precision:
+            compiled = jitted.lower(self._leaves, self.caches, self.last, penalties, inputs).compile()
+        self._compiled[key] = compiled
+        return compiled
+
+    def _penalty_state(self) -> PenaltyState:
+        """What penalties know of each slot; allocated at first use."""
+        if self._penalties is None:
+            build = jax.jit(
+                functools.partial(empty_penalties, self.batch, self.plan.spec.vocab_size),
+                out_shardings=self._sharding(self._rows),
+            )
+            self._penalties = build()
+        return self._penalties
+
+    def _empty_caches(self) -> list[LayerCache]:
+        plan = self.plan
+        shape = (plan.num_blocks * plan.shards, plan.layout.kv_groups, 64, plan.spec.head_dim)
+        sharding = self._sharding(self._cache_spec)
+        build = jax.jit(lambda: jnp.zeros(shape, plan.dtype), out_shardings=sharding)
+        return [(build(), build()) for _ in range(plan.spec.num_layers)]
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+
+def _drawn(sampled: Any, features: SamplerFeatures) -> Drawn:
+    tokens = jnp.where(sampled.finite, sampled.token, ERROR_TOKEN)
+    if not features.logprobs:
+        return Drawn(tokens)
+    return Drawn(tokens, sampled.logprob, sampled.rank, sampled.top_ids, sampled.top_logprobs)
+
+
+def _fetching[Tree](tree: Tree) -> Tree:
+    """Start copying a step's results to the host, so that they are there when they are looked at."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.copy_to_host_async()
+    return tree
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(tree)
+    return (structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))

@@ -1,0 +1,67 @@
+"""What a device can hold and how fast it reads: the constants that a plan is computed from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from jaxinfer.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+        kind: what it is called.
+        memory: bytes that a program can use, or None where unknown.
+        bandwidth: bytes per second of a large copy, read and written bytes counted together; None where unknown.
+        matmul: bfloat16 multiply-adds of a large product, in FLOP per second; None where unknown.
+        measured: whether the rates were measured (else they are a share of the data sheet's).
+    """
+
+    kind: str
+    memory: int | None
+    bandwidth: float | None
+    matmul: float | None
+    measured: bool = False
+
+
+# H200 and H100 as measured by benchmarks/limits.py; the others are 85 % of the data sheet's bandwidth and 75 % of its
+# dense bfloat16 rate, which is what the measured two reach.
+KNOWN: dict[str, Hardware] = {
+    "H200": Hardware(kind="H200", memory=143_771 << 20, bandwidth=4.26e12, matmul=8.2e14, measured=True),
+    "H100": Hardware(kind="H100", memory=81_559 << 20, bandwidth=3.0e12, matmul=8.0e14, measured=True),
+    "A100-80GB": Hardware(kind="A100-80GB", memory=81_920 << 20, bandwidth=1.73e12, matmul=2.3e14),
+    "A100-40GB": Hardware(kind="A100-40GB", memory=40_960 << 20, bandwidth=1.32e12, matmul=2.3e14),
+    "L40S": Hardware(kind="L40S", memory=46_068 << 20, bandwidth=0.73e12, matmul=2.7e14),
+    "RTX 4090": Hardware(kind="RTX 4090", memory=24_564 << 20, bandwidth=0.86e12, matmul=1.2e14),
+}
+
+
+def named(name: str) -> Hardware:
+    """Look up a device by name, such as ``H200``.
+
+    Raises:
+        ConfigError: it is not in :data:`KNOWN`.
+    """
+    for kind, hardware in KNOWN.items():
+        if kind.lower() == name.lower():
+            return hardware
+    raise ConfigError(f"device {name!r} is not known; known are {', '.join(KNOWN)}")
+
+
+def of(device: jax.Device) -> Hardware:
+    """Describe a device that is here; a CPU's memory is shared among the devices that it plays."""
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Hardware(kind="cpu", memory=total // max(jax.local_device_count(), 1), bandwidth=None, matmul=None)
+    name = device.device_kind
+    known = next((hardware for kind, hardware in KNOWN.items() if kind.split("-")[0].lower() in name.lower()), None)
+    stats = device.memory_stats() or {}
+    memory = stats.get("bytes_limit") or (known.memory if known else None)
+    if known is None:
+        return Hardware(kind=name, memory=memory, bandwidth=None, matmul=None)
+    return Hardware(kind=name, memory=memory, bandwidth=known.bandwidth, matmul=known.matmul, measured=known.measured)

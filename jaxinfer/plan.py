@@ -1,0 +1,299 @@
+"""Where every byte of a model lives, and what that bounds; computed before anything is loaded."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxinfer.errors import CapacityError, ConfigError
+from jaxinfer.generation.kv_cache import blocks_for
+from jaxinfer.hardware import Hardware
+from jaxinfer.models.decoder import abstract, parameters
+from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.models.spec import Layout, ModelSpec
+from pallas_kernels import BLOCK_SIZE
+from sharding import ShardingRules
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
+USABLE = 0.92
+# KV cache of a CPU where the caller gives no size: enough for notebooks and tests, small beside a laptop's memory.
+CPU_CACHE_BYTES = 2 << 30
+CPU_WORKSPACE_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a model is laid out over a mesh.
+
+    Attributes:
+        spec: the architecture.
+        layout: how it is laid out for the ``tensor`` axis.
+        rules: logical axis -> mesh axis.
+        mesh: size of each mesh axis.
+        dtype: of parameters, activations and cache.
+        parameters: every parameter by path.
+        hardware: one device of the mesh.
+        slots: sequences that decode together, on each data shard.
+        num_blocks: KV blocks of each data shard, the null block included.
+        max_model_len: most tokens of a sequence, prompt and output.
+        decode_chunk: tokens of a decode step.
+        prefill_chunk: most tokens of one sequence in a prefill step.
+        prefill_tokens: most tokens of one data shard in a prefill step.
+    """
+
+    spec: ModelSpec
+    layout: Layout
+    rules: ShardingRules
+    mesh: Mapping[str, int]
+    dtype: str
+    parameters: Mapping[str, ParameterInfo]
+    hardware: Hardware
+    slots: int
+    num_blocks: int
+    max_model_len: int
+    decode_chunk: int
+    prefill_chunk: int
+    prefill_tokens: int
+
+    @property
+    def shards(self) -> int:
+        """Data shards."""
+        return self.mesh.get("data", 1)
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, each counted once."""
+        return sum(info.nbytes for info in self.parameters.values())
+
+    @property
+    def weight_bytes_per_device(self) -> int:
+        """Bytes of parameters on each device."""
+        return sum(info.nbytes // self._ways(info.axes) for info in self.parameters.values())
+
+    @property
+    def step_bytes_per_device(self) -> int:
+        """Bytes of parameters that a device reads in a decode step: all but the rows of tables that no token asks for."""
+        skipped = () if self.spec.tied_head else ("embed.tokens",)
+        return sum(
+            info.nbytes // self._ways(info.axes)
+            for path, info in self.parameters.items()
+            if path not in (*skipped, "embed.positions")
+        )
+
+    @property
+    def block_bytes_per_device(self) -> int:
+        """Bytes of one KV block, keys and values of every layer, on each device."""
+        groups = self.layout.kv_groups // self.mesh.get("tensor", 1)
+        itemsize = jnp.dtype(self.dtype).itemsize
+        return 2 * self.spec.num_layers * groups * BLOCK_SIZE * self.spec.head_dim * itemsize
+
+    @property
+    def cache_bytes_per_device(self) -> int:
+        """Bytes of the KV cache on each device."""
+        return self.num_blocks * self.block_bytes_per_device
+
+    @property
+    def workspace_bytes_per_device(self) -> int:
+        """An upper estimate of the temporary arrays of the largest prefill step, in bytes."""
+        spec, tensor = self.spec, self.mesh.get("tensor", 1)
+        rows, size = self.prefill_tokens, jnp.dtype(self.dtype).itemsize
+        width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
+        scores = rows * spec.heads // tensor * min(self.max_model_len, 4 * self.prefill_chunk) * 4 * 2
+        logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
+        return rows * width * size * 2 + scores + logits
+
+    @property
+    def total_bytes_per_device(self) -> int:
+        """Weights, cache and workspace of each device, in bytes."""
+        return self.weight_bytes_per_device + self.cache_bytes_per_device + self.workspace_bytes_per_device
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device's memory holds it all; None where the memory is not known."""
+        memory = self.hardware.memory
+        return None if memory is None else self.total_bytes_per_device <= memory * USABLE
+
+    def step_milliseconds(self, batch: int = 1, context: int = 0) -> float | None:
+        """The least time of a decode step, in ms: its bytes at the device's copy bandwidth.
+
+        Args:
+            batch: sequences on each data shard.
+            context: tokens of each, whose keys and values are read.
+
+        Returns:
+            None where the bandwidth is not known.
+        """
+        if self.hardware.bandwidth is None:
+            return None
+        moved = self.step_bytes_per_device + batch * context * self.block_bytes_per_device / BLOCK_SIZE
+        return 1e3 * moved / self.hardware.bandwidth
+
+    def _ways(self, axes: tuple[str | None, ...]) -> int:
+        """Devices among which an array with these axes is divided."""
+        spec = self.rules.spec(axes)
+        return math.prod(self.mesh.get(axis, 1) for axis in spec if axis is not None)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The plan as (what, on each device, in all) rows."""
+        memory = self.hardware.memory
+        devices, shards = self.devices, self.shards
+        cache = self.cache_bytes_per_device
+        tokens = (self.num_blocks - 1) * BLOCK_SIZE
+        table = [
+            ("model", self.spec.family, f"{sum(math.prod(i.shape) for i in self.parameters.values()):,} parameters"),
+            ("dtype", self.dtype, ""),
+            (
+                "mesh",
+                " ".join(f"{a}={n}" for a, n in self.mesh.items() if n > 1) or "one device",
+                f"{devices} x {self.hardware.kind}",
+            ),
+            ("weights (device)", size(self.weight_bytes_per_device), size(self.weight_bytes_per_device * devices)),
+            (f"KV cache (device), {tokens:,} tokens a shard", size(cache), size(cache * devices)),
+            ("workspace (device), at most", size(self.workspace_bytes_per_device), ""),
+            ("host", "0 B", "nothing is paged"),
+            ("disk", "0 B", "nothing is paged"),
+            ("memory", "unknown" if memory is None else size(memory), ""),
+            ("fits", {True: "yes", False: "no", None: "unknown"}[self.fits], ""),
+            ("slots", str(self.slots), f"{self.slots * shards} sequences at once"),
+            ("longest sequence", f"{self.max_model_len:,} tokens", ""),
+        ]
+        for batch, context in ((1, 512), (self.slots, 512)):
+            bound = self.step_milliseconds(batch, context)
+            text = "bandwidth unknown" if bound is None else f"{bound:.2f} ms"
+            table.append((f"decode step, at least (batch {batch}, context {context})", text, ""))
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able values, sizes in bytes and times in ms."""
+        return {
+            "family": self.spec.family,
+            "dtype": self.dtype,
+            "mesh": dict(self.mesh),
+            "device": self.hardware.kind,
+            "device_memory": self.hardware.memory,
+            "parameters": sum(math.prod(info.shape) for info in self.parameters.values()),
+            "weight_bytes": self.weight_bytes,
+            "per_device": {
+                "weight_bytes": self.weight_bytes_per_device,
+                "cache_bytes": self.cache_bytes_per_device,
+                "workspace_bytes": self.workspace_bytes_per_device,
+                "total_bytes": self.total_bytes_per_device,
+            },
+            "tiers": {"device": self.total_bytes_per_device * self.devices, "host": 0, "disk": 0},
+            "fits": self.fits,
+            "slots": self.slots,
+            "kv_blocks": self.num_blocks,
+            "max_model_len": self.max_model_len,
+            "step_ms": {
+                "batch_1": self.step_milliseconds(1, 512),
+                "all_slots": self.step_milliseconds(self.slots, 512),
+            },
+        }
+
+    def __str__(self) -> str:
+        rows = [("", "each device", "in all"), *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
+        )
+        return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table>"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def make_plan(
+    spec: ModelSpec,
+    mesh: Mapping[str, int],
+    dtype: str,
+    hardware: Hardware,
+    *,
+    max_batch: int = 16,
+    max_model_len: int | None = None,
+    kv_blocks: int | None = None,
+    decode_chunk: int = 16,
+    prefill_chunk: int = 512,
+    prefill_tokens: int = 2048,
+    rules: ShardingRules | None = None,
+) -> Plan:
+    """Lay a model out over a mesh.
+
+    Args:
+        spec: the architecture.
+        mesh: size of each mesh axis.
+        dtype: of parameters, activations and cache: ``float32``, ``bfloat16`` or ``float16``.
+        hardware: one device of the mesh.
+        max_batch: sequences that decode together, over all data shards; rounded up to a multiple of them.
+        max_model_len: most tokens of a sequence; the model's context length where None.
+        kv_blocks: KV blocks of 64 tokens on each data shard. None: enough for every slot at full length, as far as the
+            memory goes.
+        decode_chunk, prefill_chunk, prefill_tokens: see :class:`Plan`.
+        rules: logical axis -> mesh axis.
+
+    Raises:
+        ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length.
+        CapacityError: the memory does not hold the weights and a useful cache.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    numbers = {
+        "max_batch": max_batch, "max_model_len": max_model_len, "kv_blocks": kv_blocks, "decode_chunk": decode_chunk,
+        "prefill_chunk": prefill_chunk, "prefill_tokens": prefill_tokens,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        optional = name in ("max_model_len", "kv_blocks")
+        if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
+    if max_model_len is not None and max_model_len > spec.context_length:
+        raise ConfigError(f"max_model_len: the model's context is {spec.context_length} tokens, got {max_model_len}")
+    layout = Layout.of(spec, mesh.get("tensor", 1))
+    shards = mesh.get("data", 1)
+    longest = max_model_len or spec.context_length
+    slots = -(-max_batch // shards)
+
+    def build(blocks: int) -> Plan:
+        return Plan(
+            spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype,
+            parameters=parameters(abstract(spec, layout, jnp.dtype(dtype))), hardware=hardware, slots=slots,
+            num_blocks=blocks, max_model_len=longest, decode_chunk=decode_chunk,
+            prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
+        )  # fmt: skip
+
+    if kv_blocks is not None:
+        return build(kv_blocks + 1)
+    wanted = slots * blocks_for(longest) + 1
+    plan = build(wanted)
+    room = CPU_CACHE_BYTES if hardware.kind == "cpu" else None
+    if hardware.memory is not None:
+        left = int(hardware.memory * USABLE) - plan.weight_bytes_per_device - plan.workspace_bytes_per_device
+        room = left if room is None else min(room, left)
+    if room is None:
+        return plan
+    blocks = min(wanted, room // plan.block_bytes_per_device)
+    if blocks < 2:
+        raise CapacityError(
+            f"{size(plan.weight_bytes_per_device)} of weights and {size(plan.workspace_bytes_per_device)} of workspace "
+            f"leave no room for a KV cache in the {size(hardware.memory or 0)} of one {hardware.kind}; "
+            "use more devices on the tensor axis"
+        )
+    return build(blocks)
