@@ -36,8 +36,7 @@ format: .venv/.setup-test  ## let ruff put the code into shape
 
 # The outputs are kept, so that the notebooks can be read without being run.
 notebooks: .venv/.setup-test  ## run the notebooks afresh from their sources and keep what they print
-	$(PY) -m jupytext --to ipynb notebooks/*.py
-	$(PY) -m pytest --nbmake --overwrite notebooks $(ARGS)
+	$(PY) notebooks/execute.py
 
 clean:  ## remove caches and builds, but not .venv
 	rm -rf .cache .hypothesis build dist *.egg-info
