@@ -168,8 +168,9 @@ class InferenceEngine:
         """
         return self._open().executor
 
+    # mypy sees that a str is a Sequence[str] too; the first overload that matches is the one that is meant.
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self, prompts: str | list[int], sampling_params: SamplingParams | None = ..., *, progress: bool | None = ...
     ) -> RequestOutput: ...
 
@@ -256,7 +257,9 @@ class InferenceEngine:
         return chat_ids(self.tokenizer, messages)
 
     @overload
-    def score(self, texts: str | list[int], *, progress: bool | None = ...) -> ScoreOutput: ...
+    def score(  # type: ignore[overload-overlap]
+        self, texts: str | list[int], *, progress: bool | None = ...
+    ) -> ScoreOutput: ...
 
     @overload
     def score(self, texts: Sequence[Prompt], *, progress: bool | None = ...) -> list[ScoreOutput]: ...
@@ -286,7 +289,9 @@ class InferenceEngine:
         return scores[0] if single else scores
 
     @overload
-    def logits(self, token_ids: str | list[int]) -> np.ndarray: ...
+    def logits(  # type: ignore[overload-overlap]
+        self, token_ids: str | list[int]
+    ) -> np.ndarray: ...
 
     @overload
     def logits(self, token_ids: Sequence[Prompt]) -> list[np.ndarray]: ...

@@ -31,7 +31,7 @@ from jaxinfer.models.attention import Batch, LayerCache
 from jaxinfer.models.decoder import Decoder, abstract
 from jaxinfer.plan import Plan
 
-Array = jax.Array | np.ndarray
+Array = Any  # numpy on its way in, a tracer inside a step: jax.Array alone would be wrong at either end
 CACHE_AXES = ("blocks", "kv_heads", "block_tokens", "head_dim")
 ERROR_TOKEN = -1
 """Stands for a token where the logits were not finite."""
@@ -242,12 +242,12 @@ class Executor:
         hidden, caches = model.hidden_states(batch, caches)
         rows = jnp.arange(hidden.shape[0])
         logits = model.logits(hidden[rows, inputs.last])
-        own: PenaltyState | None = None
+        own: Any = None  # a PenaltyState where penalties are asked for
         if features.penalties:
             assert inputs.history is not None
             own = empty_penalties(hidden.shape[0], logits.shape[-1])
             for row in range(hidden.shape[0]):
-                own = fill_penalties(own, row, inputs.history[row, 0], inputs.history[row, 1])
+                own = fill_penalties(own, jnp.int32(row), inputs.history[row, 0], inputs.history[row, 1])
         sampled, own = sample(logits, inputs.rows, own, inputs.step, features)
         last = last.at[inputs.slots].set(sampled.token, mode="drop")
         if penalties is not None and own is not None:

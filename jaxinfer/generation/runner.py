@@ -178,7 +178,7 @@ class Runner:
                 targets[index, : len(following)] = following
                 tables[index, : len(sequence.blocks)] = sequence.blocks
                 last[index], number[index], long[index] = count - 1, len(sequence.output), sequence.long
-                if row.last and sequence.max_tokens:
+                if row.last and sequence.max_tokens and sequence.slot is not None:
                     slots[index] = sequence.slot
                 params[index] = sequence.params
                 if not sequence.preemptions:
