@@ -39,6 +39,9 @@ _END_WIDTHS: Final = (0, 4, 16, 256, 4096, 65536, 1048576)
 class SamplerFeatures:
     """What any row of the batch needs; static, so that a batch pays only for that.
 
+    The sort is what costs: 16 rows of 128,256 logits take 15 us greedy, 39 us random and 542 us with truncate on one
+    H200 (11, 20 and 141 us for 32,000 logits).
+
     Attributes:
         random: some row has temperature > 0.
         truncate: some such row has top_k or top_p (which need sorted logits; min_p does not).

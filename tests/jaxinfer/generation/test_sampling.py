@@ -361,7 +361,16 @@ def generate(params: Sequence[ResolvedParams | None], logits: np.ndarray, featur
 
 
 def test_a_row_draws_the_same_alone_and_in_any_crowd() -> None:
-    steps, vocab = 24, 1000
+    check_independence(24, 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("steps", "vocab"), [(24, 1000), (6, 32_000), (4, 128_256)])
+def test_a_row_draws_the_same_alone_and_in_any_crowd_on_a_gpu(steps: int, vocab: int) -> None:
+    check_independence(steps, vocab)
+
+
+def check_independence(steps: int, vocab: int) -> None:
     params = [resolved(vocab, seed=100 + index, **changes) for index, changes in enumerate(CROWD)]
     logits = noise(steps, len(params), vocab, seed=9, scale=2.0)
     alone = [generate([row], logits[:, [index]], features_of([row]))[:, 0] for index, row in enumerate(params)]
