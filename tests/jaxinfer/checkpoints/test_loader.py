@@ -16,7 +16,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -411,52 +410,27 @@ def test_progress_is_in_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "loading: 100%" in capsys.readouterr().err
 
 
-class _FakeClient:
-    def __init__(self) -> None:
-        self.mapped: dict[int, int] = {}
-
-    def dma_map(self, address: int, nbytes: int) -> None:
-        assert address % 4096 == 0
-        self.mapped[address] = nbytes
-
-    def dma_unmap(self, address: int) -> None:
-        del self.mapped[address]
-
-
-class _FakeGPU:
-    platform = "gpu"
-
-    def __init__(self, client: Any) -> None:
-        self.client = client
-
-
-def test_staging_is_registered_once_a_thread_and_released():
-    client = _FakeClient()
-    device: Any = _FakeGPU(client)
-    with module._Staging() as staging:
-        buffers: list[np.ndarray] = []
-        threads = [
-            threading.Thread(target=lambda: buffers.extend(staging.buffer(device) for _ in range(3))) for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({buffer.ctypes.data for buffer in buffers}) == 4
-        assert client.mapped == {buffer.ctypes.data: module.CHUNK_BYTES for buffer in buffers}
-    assert client.mapped == {}
+def test_staging_is_bounded():
     assert module.MAX_THREADS * module.CHUNK_BYTES <= 512 << 20
 
 
-def test_unregistered_staging_still_works_and_says_so(caplog: pytest.LogCaptureFixture):
-    class Refusing(_FakeClient):
-        def dma_map(self, address: int, nbytes: int) -> None:
-            raise RuntimeError("locked memory is limited")
-
-    device: Any = _FakeGPU(Refusing())
-    with module._Staging() as staging:
-        assert staging.buffer(device).nbytes == module.CHUNK_BYTES
-    assert "locked memory is limited" in caplog.text
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_on_a_gpu(tmp_path: Path, dtype: np.dtype):
+    """Small parameters and one of several chunks, of which each reuses the staging buffers of others."""
+    folder, sources, expected = model(tmp_path / "small")
+    gpu = Mesh(np.array(jax.devices("gpu")[:1]).reshape(1, 1), ("data", "tensor"))
+    with Checkpoint(folder) as checkpoint:
+        loaded = load(checkpoint, sources, targets(expected, gpu, dtype))
+    for path, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(loaded[path]), array.astype(dtype), err_msg=path)
+    large = {f"x{i}": random(np.random.default_rng(i), (4099, 4096), BF16) for i in range(4)}
+    sources = {name: (Piece(name, (4099, 4096)),) for name in large}
+    with Checkpoint(write(tmp_path / "large", large)) as checkpoint:
+        on = NamedSharding(gpu, PartitionSpec())
+        loaded = load(checkpoint, sources, {name: Target((4099, 4096), dtype, on) for name in large})
+    for path, array in large.items():
+        np.testing.assert_array_equal(np.asarray(loaded[path]), array.astype(dtype), err_msg=path)
 
 
 PEAK = """
@@ -493,10 +467,10 @@ print(json.dumps({"baseline": baseline, "peak": memory("VmHWM"), "size": size}))
 
 
 def test_peak_memory(tmp_path: Path):
-    """One tensor has 0.8 of the 1.2 GB; 1 GiB above them is promised, less than 0.1 is used."""
+    """1 GiB above the parameters is promised; they are 0.9 GB, so that a second copy of them would show."""
     header: dict[str, Any] = {}
     end = 0
-    tensors = {"whole": ("BF16", (100_000, 4096)), "cast": ("F32", (12_288, 8192))}
+    tensors = {"whole": ("BF16", (60_000, 4096)), "cast": ("F32", (12_288, 4096))}
     for kind in ("row", "column", "transposed"):
         tensors |= {f"{kind}.{i}": ("BF16", (4096, 4096)) for i in range(2)}
     for name, (dtype, shape) in tensors.items():
@@ -517,15 +491,6 @@ def test_peak_memory(tmp_path: Path):
         check=True,
     )
     got = json.loads(result.stdout)
-    assert got["size"] > 1.2e9
+    assert got["size"] > 0.85e9
     above = got["peak"] - got["baseline"] - got["size"]
     assert above <= 512 << 20, f"{above / 2**30:.2f} GiB above the parameters"
-    print(got, above / 2**20)
-
-
-def test_reads_what_the_safetensors_package_wrote(tmp_path: Path):
-    array = np.random.default_rng(3).standard_normal((12, 8)).astype(F32)
-    safetensors.numpy.save_file({"x": array}, tmp_path / "model.safetensors")
-    with Checkpoint(tmp_path) as checkpoint:
-        target = Target((12, 8), F32, NamedSharding(mesh(), PartitionSpec("tensor", "data")))
-        np.testing.assert_array_equal(load(checkpoint, {"p": (Piece("x", (12, 8)),)}, {"p": target})["p"], array)
