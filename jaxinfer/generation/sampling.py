@@ -187,10 +187,10 @@ def pack(
         end_ids[index, : len(ends[index])] = ends[index]
         seed[index] = row.seed >> 32, row.seed & 0xFFFFFFFF
 
-    def floats(name: str, neutral: float) -> np.ndarray:
-        # A float64 beyond float32 would become inf, and a repetition penalty that became 0 would divide by it.
+    def floats(name: str, neutral: float, low: float = -_HUGE) -> np.ndarray:
+        # A float64 beyond float32 would become inf.
         values = np.array([neutral if row is None else getattr(row, name) for row in params], np.float64)
-        return np.where(values == 0, 0, np.clip(np.abs(values), _TINY, _HUGE) * np.sign(values)).astype(np.float32)
+        return np.clip(values, low, _HUGE).astype(np.float32)
 
     def integers(name: str) -> np.ndarray:
         return np.array([0 if row is None else min(getattr(row, name), PAD) for row in params], np.int32)
@@ -200,7 +200,7 @@ def pack(
         top_k=integers("top_k"),
         top_p=floats("top_p", 1),
         min_p=floats("min_p", 0),
-        repetition=floats("repetition_penalty", 1),
+        repetition=floats("repetition_penalty", 1, _TINY),  # logits are divided by it
         presence=floats("presence_penalty", 0),
         frequency=floats("frequency_penalty", 0),
         seed=seed,
