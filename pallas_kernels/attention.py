@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.einsum import einsum_f32
+
 BLOCK_SIZE = 64
 """Tokens in a block."""
 
@@ -116,7 +118,7 @@ def attention(
         raise ValueError(f"implementation must be 'dot', 'reduce' or None, got {implementation!r}")
     positions = jnp.arange(key.shape[2], dtype=jnp.int32)
     if implementation == "dot":
-        scores = jnp.einsum("btgrd,bgsd->bgrts", query, key, preferred_element_type=jnp.float32)
+        scores = einsum_f32("btgrd,bgsd->bgrts", query, key)
     else:
         scores = jnp.sum(
             jnp.moveaxis(query, 1, 3)[:, :, :, :, None].astype(jnp.float32) * key[:, :, None, None].astype(jnp.float32),
@@ -135,7 +137,7 @@ def attention(
         visible &= distance < window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
     if implementation == "dot":
-        out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        out = einsum_f32("bgrts,bgsd->btgrd", weights.astype(value.dtype), value)
     else:
         out = jnp.sum(weights[..., None] * value[:, :, None, None].astype(jnp.float32), axis=-2)
         out = jnp.moveaxis(out, 3, 1)

@@ -10,6 +10,7 @@ from jaxinfer.models.attention import Batch
 from jaxinfer.models.norm import Norm
 from jaxinfer.models.parameter import matmul, parameter
 from jaxinfer.models.spec import Layout, ModelSpec
+from pallas_kernels import einsum_f32
 from sharding import all_gather, axis_index, psum
 
 
@@ -80,9 +81,7 @@ class Head(nnx.Module):
             if self.projected:
                 x = matmul(x, self.project[...])
             table = embedding.tokens[...] if self.tied else self.tokens[...]
-            logits = jax.lax.dot_general(
-                x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
+            logits = einsum_f32("...h,vh->...v", x, table)
             if self.biased:
                 logits = logits + self.bias[...].astype(jnp.float32)
             logits = all_gather(logits, "tensor", logits.ndim - 1)[..., : self.vocab_size]
