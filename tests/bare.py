@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,12 @@ def fill(shapes: dict[str, tuple[int, ...]], sources: Sources, tensors: dict[str
 
 
 class BareModel:
-    """The decoder of a checkpoint folder, called with lists of token ids."""
+    """The decoder of a checkpoint folder, laid out for ``tensor`` devices, called with lists of token ids."""
 
-    def __init__(self, folder: Path, dtype: jnp.dtype = jnp.float32, width: int = 104) -> None:
+    def __init__(self, folder: Path, dtype: Any = jnp.float32, width: int = 104, tensor: int = 1) -> None:
         self.spec: ModelSpec = load_spec(folder)
         self.width = width
-        layout = Layout.of(self.spec)
+        layout = Layout.of(self.spec, tensor)
         tensors = read_tensors(folder)
         sources = sources_of(self.spec, layout, tensors)
         used = {piece.name for pieces in sources.values() for piece in pieces}
