@@ -6,4 +6,6 @@ from pallas_kernels.attention import attention as attention
 from pallas_kernels.attention import paged_attention as paged_attention
 from pallas_kernels.attention import read_blocks as read_blocks
 from pallas_kernels.attention import write_blocks as write_blocks
+from pallas_kernels.choices import Choice as Choice
+from pallas_kernels.choices import choices as choices
 from pallas_kernels.einsum import einsum_f32 as einsum_f32

@@ -11,18 +11,16 @@ The functions here are plain ``jax.numpy`` and run everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.choices import Implementation, attention_choice
 from pallas_kernels.einsum import einsum_f32
 
 BLOCK_SIZE = 64
 """Tokens in a block."""
-
-Implementation = Literal["dot", "reduce"]
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a key that a query may not see: finite, so that a row with no visible key stays finite."""
@@ -106,14 +104,14 @@ def attention(
         window: a query sees itself and the ``window - 1`` keys before it.
         bias: ALiBi.
         implementation: ``dot`` uses matrix products, ``reduce`` multiplies and sums, which XLA fuses with the gather of
-            the blocks; None picks ``reduce`` for one query token on a GPU where few query heads share a key.
+            the blocks; None picks as :func:`pallas_kernels.choices` says.
 
     Returns:
         [B, T, G, R, D] in the dtype of ``query``. Scores and softmax are float32.
     """
     if implementation is None:
-        single = query.shape[1] == 1 and query.shape[3] <= 2
-        implementation = "reduce" if single and jax.default_backend() == "gpu" else "dot"
+        platform, tokens, per_key = jax.default_backend(), query.shape[1], query.shape[3]
+        implementation = attention_choice(platform, query_tokens=tokens, heads_per_key=per_key).implementation
     elif implementation not in ("dot", "reduce"):
         raise ValueError(f"implementation must be 'dot', 'reduce' or None, got {implementation!r}")
     positions = jnp.arange(key.shape[2], dtype=jnp.int32)

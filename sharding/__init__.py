@@ -1,7 +1,7 @@
 """How a model is laid out over devices: the mesh, the rules of placement, and the collectives between its parts."""
 
 from sharding.collectives import all_gather, axis_index, axis_size, psum
-from sharding.mesh import AXES, MeshError, TensorLimits, describe, make_mesh
+from sharding.mesh import AXES, MeshError, TensorLimits, describe, make_mesh, mesh_sizes
 from sharding.rules import ShardingRules
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "axis_size",
     "describe",
     "make_mesh",
+    "mesh_sizes",
     "psum",
 ]

@@ -96,6 +96,23 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def mesh_sizes(mesh: Mapping[str, int], limits: TensorLimits, device_count: int | None = None) -> dict[str, int]:
+    """Check the sizes of a mesh whose devices need not be here, and complete them to all four axes.
+
+    Args:
+        mesh, limits: as in :func:`make_mesh`.
+        device_count: how many devices there would be; None is as many as the mesh asks for.
+
+    Raises:
+        MeshError: as in :func:`make_mesh`.
+    """
+    if device_count is None:
+        asked = [size for size in mesh.values() if isinstance(size, int | np.integer) and size > 0]
+        device_count = math.prod(int(size) for size in asked)
+    sizes = _checked_sizes(mesh, limits, device_count)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
 def describe(mesh: Mesh) -> str:
     """Say in a few words what a mesh is, such as ``data=2 tensor=4 on 8 cpu devices``; axes of size 1 are left out."""
     kinds = sorted({device.device_kind for device in mesh.devices.flat})

@@ -1,0 +1,128 @@
+"""A checkpoint that is open: everything that its files say, checked before a device holds anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from jaxinfer.checkpoints import Checkpoint, check, resolve
+from jaxinfer.errors import ConfigError
+from jaxinfer.generation.params import GenerationDefaults
+from jaxinfer.models.config import read_config
+from jaxinfer.models.families import ignored, sources_of, spec_of
+from jaxinfer.models.sources import Sources
+from jaxinfer.models.spec import Layout
+from sharding import TensorLimits
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+
+
+class Pretrained:
+    """A checkpoint's configuration, architecture and open weights, of which only the headers have been read.
+
+    Use it as a context manager, or close it.
+
+    Args:
+        model: a folder as transformers writes it, a Hugging Face hub id, or ``"demo"`` for the bundled model.
+
+    Attributes:
+        name: what the caller called it.
+        folder: where it lies.
+        config: transformers' configuration.
+        spec: the architecture.
+        checkpoint: the weights.
+
+    Raises:
+        ConfigError: the configuration is malformed, or asks for something that is not implemented.
+        CheckpointError: files are missing, damaged or unsafe.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        self.name = str(model)
+        self.folder = resolve(model)
+        self.config = read_config(self.folder)
+        self.spec = spec_of(self.config)
+        self.checkpoint = Checkpoint(self.folder)
+
+    @property
+    def dtype(self) -> str:
+        """The checkpoint's own dtype; ``float32`` where it does not say.
+
+        Raises:
+            ConfigError: it is not one that the engine computes in.
+        """
+        name = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
+        if name not in DTYPES:
+            raise ConfigError(
+                f"{self.config.model_type} config: dtype {name!r} is not implemented; give dtype=, one of {DTYPES}"
+            )
+        return name
+
+    @property
+    def limits(self) -> TensorLimits:
+        """What the model allows the ``tensor`` axis to be."""
+        return TensorLimits(heads=self.spec.heads, kv_heads=self.spec.kv_heads, intermediate=self.spec.intermediate)
+
+    def sources(self, layout: Layout) -> Sources:
+        """Say which tensors fill which parameters of a layout.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected, mis-shaped or mis-typed.
+        """
+        sources = sources_of(self.spec, layout, self.checkpoint.tensors)
+        check(self.checkpoint, sources, lambda name: ignored(self.spec, name))
+        return sources
+
+    def generation(self) -> tuple[GenerationDefaults, tuple[int, ...]]:
+        """What the checkpoint says of generation: defaults of sampling, and the tokens that end a sequence.
+
+        Raises:
+            ConfigError: ``generation_config.json`` is malformed.
+        """
+        values = _read_json(self.folder / "generation_config.json")
+        eos = values.get("eos_token_id", getattr(self.config, "eos_token_id", None))
+        return GenerationDefaults.read(values), tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, or None where the folder has none.
+
+        Raises:
+            ConfigError: its files are malformed.
+        """
+        if not any(
+            (self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+        ):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # anything from KeyError to a Rust panic for a damaged file
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{self.folder}: the tokenizer cannot be read: {type(error).__name__}: {reason}"
+            ) from error
+
+    def close(self) -> None:
+        """Close the files. Closing twice is harmless."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
