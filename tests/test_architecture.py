@@ -18,7 +18,6 @@ FORBIDDEN = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "m
 # Modules with code that have no test file of their own, and why.
 WITHOUT_TEST = {
     "jaxinfer/__main__.py": "tests of the command line run it",
-    "jaxinfer/demo/train.py": "it needs a GPU and ten minutes; the model it made is tested",
 }
 
 # Families are tables, and one file runs the cases of all of them.
