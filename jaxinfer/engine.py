@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-import json
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,28 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import hardware, progress
-from jaxinfer.checkpoints import Checkpoint, Target, check, load, resolve
+from jaxinfer.checkpoints import Target, load
 from jaxinfer.errors import CapacityError, ConfigError, JaxinferError, RequestError
 from jaxinfer.executor import Executor, PromptWish
 from jaxinfer.generation.chat import Message, chat_ids
-from jaxinfer.generation.params import UNSET, GenerationDefaults, ResolvedParams, SamplingParams, derive_seed
-from jaxinfer.generation.requests import (
-    CompletionOutput,
-    RequestMetrics,
-    RequestOutput,
-    RequestOutputs,
-    ScoreOutput,
-    logprob_dict,
-)
+from jaxinfer.generation.live import LiveRequest, Prompt, encode, is_prompt, output_limit
+from jaxinfer.generation.params import GenerationDefaults, SamplingParams, derive_seed
+from jaxinfer.generation.requests import RequestOutput, RequestOutputs, ScoreOutput
 from jaxinfer.generation.runner import Runner, Running
 from jaxinfer.generation.text import TextStream, token_text
-from jaxinfer.models.config import read_config
-from jaxinfer.models.families import ignored, sources_of, spec_of
 from jaxinfer.models.spec import ModelSpec
-from jaxinfer.plan import DTYPES, Plan, make_plan
-from sharding import ShardingRules, TensorLimits, describe, make_mesh
-
-Prompt = str | Sequence[int]
+from jaxinfer.plan import Plan, make_plan
+from jaxinfer.pretrained import Pretrained
+from pallas_kernels import Choice, choices
+from sharding import ShardingRules, describe, make_mesh
 
 
 def init_inference(
@@ -79,17 +69,13 @@ def init_inference(
         CapacityError: the devices' memory does not hold the model and a cache.
     """
     show = _shown(progress)
-    folder = resolve(model)
-    config = read_config(folder)
-    spec = spec_of(config)
-    with Checkpoint(folder) as checkpoint:
-        # Everything that can be wrong is found before a device holds anything. The layout does not change which tensors
-        # are needed, so the file is checked against the one-device layout even if the mesh turns out to be wrong.
-        devices = make_mesh(mesh, limits_of(spec))
+    with Pretrained(model) as pretrained:
+        # Everything that can be wrong is found before a device holds anything.
+        devices = make_mesh(mesh, pretrained.limits)
         plan = make_plan(
-            spec,
+            pretrained.spec,
             dict(devices.shape),
-            dtype or _dtype_of(config),
+            dtype or pretrained.dtype,
             hardware.of(devices.devices.flat[0]),
             max_batch=max_batch,
             max_model_len=max_model_len,
@@ -99,24 +85,21 @@ def init_inference(
             prefill_tokens=prefill_tokens,
             rules=rules,
         )
-        sources = sources_of(spec, plan.layout, checkpoint.tensors)
-        check(checkpoint, sources, lambda name: ignored(spec, name))
-        generation = _read_json(folder / "generation_config.json")
-        defaults = GenerationDefaults.read(generation)
-        tokenizer = _tokenizer(folder)
+        sources = pretrained.sources(plan.layout)
+        defaults, eos_token_ids = pretrained.generation()
+        tokenizer = pretrained.tokenizer()
         _keep_compiled(devices)
         placements = Executor.placements(plan, devices)
         targets = {path: Target(info.shape, info.dtype, placements[path]) for path, info in plan.parameters.items()}
-        leaves = load(checkpoint, sources, targets, progress=show)
-    eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+        leaves = load(pretrained.checkpoint, sources, targets, progress=show)
     return InferenceEngine(
         plan,
         devices,
         leaves,
         tokenizer=tokenizer,
         defaults=defaults,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        name=str(model),
+        eos_token_ids=eos_token_ids,
+        name=pretrained.name,
         seed=seed,
         progress=show,
     )
@@ -158,6 +141,11 @@ class InferenceEngine:
     def spec(self) -> ModelSpec:
         """The architecture."""
         return self.plan.spec
+
+    @property
+    def implementations(self) -> tuple[Choice[str], ...]:
+        """Which implementation serves which operation, and why."""
+        return choices(jax.default_backend(), self.spec.heads // self.plan.layout.kv_groups)
 
     @property
     def executor(self) -> Executor:
@@ -206,7 +194,7 @@ class InferenceEngine:
                 finish reason ``error`` instead, and the others are served.
             ValueError: ``sampling_params`` are wrong, or not as many as prompts.
         """
-        single = _is_prompt(prompts)
+        single = is_prompt(prompts)
         items: list[Any] = [prompts] if single else list(prompts)
         params = self._params(sampling_params, len(items))
         live = [self._request(item, p) for item, p in zip(items, params, strict=True)]
@@ -225,7 +213,7 @@ class InferenceEngine:
             RequestError: the prompt cannot be served, or the model's logits were not finite.
             ValueError: ``sampling_params`` are wrong, or ask for more than one output.
         """
-        if not _is_prompt(prompt):
+        if not is_prompt(prompt):
             raise RequestError(f"stream takes one prompt, a string or token ids, got {type(prompt).__name__}")
         params = self._params(sampling_params, 1)[0]
         if params.n != 1:
@@ -276,7 +264,7 @@ class InferenceEngine:
         Raises:
             RequestError: a text is empty, too long, or holds ids outside the vocabulary; or logits were not finite.
         """
-        single = _is_prompt(texts)
+        single = is_prompt(texts)
         live = self._read(texts, PromptWish(logprobs=0), progress, "scoring")
         scores = [
             ScoreOutput(
@@ -302,7 +290,7 @@ class InferenceEngine:
         Raises:
             RequestError: as in :meth:`score`, but logits that are not finite are given as they are.
         """
-        single = _is_prompt(token_ids)
+        single = is_prompt(token_ids)
         live = self._read(token_ids, PromptWish(logits=True), False, "logits", strict=False)
         found = [np.concatenate(request.outputs[0].prompt_logits) for request in live]
         return found[0] if single else found
@@ -319,13 +307,13 @@ class InferenceEngine:
         self.close()
 
     def __repr__(self) -> str:
-        return (
-            f"InferenceEngine({self.name or self.spec.family}, {self.plan.dtype}, {describe(self.mesh)})\n{self.plan}"
-        )
+        head = f"InferenceEngine({self.name or self.spec.family}, {self.plan.dtype}, {describe(self.mesh)})"
+        return "\n".join([head, str(self.plan), "", *map(str, self.implementations)])
 
     def _repr_html_(self) -> str:
         head = f"InferenceEngine {self.name or self.spec.family}, {self.plan.dtype}, {describe(self.mesh)}"
-        return f"<p>{html.escape(head)}</p>{self.plan._repr_html_()}"
+        served = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.implementations)
+        return f"<p>{html.escape(head)}</p>{self.plan._repr_html_()}<ul>{served}</ul>"
 
     # Below: from what callers give to sequences that run, and back.
 
@@ -338,18 +326,20 @@ class InferenceEngine:
                 raise ValueError(f"sampling_params[{index}]: expected SamplingParams, got {type(item).__name__}")
         return [item or SamplingParams() for item in params]
 
-    def _request(self, prompt: Any, params: SamplingParams, wish: PromptWish | None = None) -> _Request:
+    def _request(self, prompt: Any, params: SamplingParams, wish: PromptWish | None = None) -> LiveRequest:
         """Check one prompt and make its sequences; a request that cannot be served has ``error`` set and none."""
         with self._lock:
             number = self._requests
             self._requests += 1
-        request = _Request(str(number), prompt if isinstance(prompt, str) else None)
+        request = LiveRequest(str(number), prompt if isinstance(prompt, str) else None)
         try:
-            request.ids = self._encode(prompt)
+            request.ids = encode(
+                prompt, self.tokenizer, vocab_size=self.spec.vocab_size, longest=self.plan.max_model_len
+            )
             resolved = params.resolve(
                 self.defaults, self.eos_token_ids, self.spec.vocab_size, derive_seed(self._seed, number)
             )
-            limit = 0 if wish else self._limit(len(request.ids), params, resolved)
+            limit = 0 if wish else output_limit(len(request.ids), params, resolved, self.plan.max_model_len)
             if wish is None and resolved.prompt_logprobs is not None:
                 wish = PromptWish(logprobs=resolved.prompt_logprobs)
             long_from = self.spec.long_from
@@ -378,53 +368,11 @@ class InferenceEngine:
             request.outputs = []
         return request
 
-    def _encode(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("this checkpoint has no tokenizer; give prompts as token ids")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise RequestError(f"prompt: not encodable as UTF-8: {error}") from None
-            ids = list(self.tokenizer(prompt)["input_ids"])
-        elif isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes):
-            ids = list(prompt)
-        else:
-            raise RequestError(f"prompt: expected a string or token ids, got {type(prompt).__name__}")
-        if not ids:
-            raise RequestError("prompt: expected at least one token, got none")
-        vocab = self.spec.vocab_size
-        for place, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise RequestError(f"prompt: token {place} is not an integer: {token!r:.80}")
-            if not 0 <= token < vocab:
-                raise RequestError(f"prompt: token {place} is {token}, and the vocabulary has ids 0 to {vocab - 1}")
-        longest = self.plan.max_model_len
-        if len(ids) > longest:
-            raise RequestError(f"prompt: {len(ids)} tokens, and the context length is {longest}")
-        return [int(token) for token in ids]
-
-    def _limit(self, prompt: int, params: SamplingParams, resolved: ResolvedParams) -> int:
-        """Output tokens that a request may have: what it asks for, which must fit; or else what fits."""
-        room = self.plan.max_model_len - prompt
-        if room < 1:
-            raise RequestError(
-                f"prompt: {prompt} tokens leave no room for output in a context length of {self.plan.max_model_len}"
-            )
-        if resolved.max_tokens is None or params.max_tokens is UNSET:
-            return min(room, room if resolved.max_tokens is None else resolved.max_tokens)
-        if resolved.max_tokens > room:
-            raise RequestError(
-                f"prompt of {prompt} tokens + max_tokens={resolved.max_tokens} is {prompt + resolved.max_tokens} "
-                f"tokens, and the context length is {self.plan.max_model_len}"
-            )
-        return resolved.max_tokens
-
     def _read(
         self, texts: Prompt | Sequence[Prompt], wish: PromptWish, progress: bool | None, what: str, strict: bool = True
-    ) -> list[_Request]:
+    ) -> list[LiveRequest]:
         """Prefill texts for what their prompts report."""
-        items: list[Any] = [texts] if _is_prompt(texts) else list(texts)
+        items: list[Any] = [texts] if is_prompt(texts) else list(texts)
         live = [self._request(item, SamplingParams(temperature=0.0, max_tokens=None), wish) for item in items]
         self._check_all(live)
         self._run(live, _shown(progress) if progress is not None else self._show, what)
@@ -433,13 +381,13 @@ class InferenceEngine:
         return live
 
     @staticmethod
-    def _check_all(live: Sequence[_Request]) -> None:
+    def _check_all(live: Sequence[LiveRequest]) -> None:
         for index, request in enumerate(live):
             error = request.failure()
             if error is not None:
                 raise RequestError(error if len(live) == 1 else f"text {index}: {error}")
 
-    def _run(self, live: Sequence[_Request], show: bool, what: str) -> None:
+    def _run(self, live: Sequence[LiveRequest], show: bool, what: str) -> None:
         """Run requests to their end; whatever happens, none of theirs is left behind."""
         runner = self._open()
         sequences = [running for request in live for running in request.outputs]
@@ -459,7 +407,7 @@ class InferenceEngine:
                     runner.abort(running for running in sequences if not running.ended)
 
     @staticmethod
-    def _submit(runner: Runner, live: Sequence[_Request]) -> None:
+    def _submit(runner: Runner, live: Sequence[LiveRequest]) -> None:
         for request in live:
             try:
                 for running in request.outputs:
@@ -469,7 +417,7 @@ class InferenceEngine:
                 for running in request.outputs:
                     running.finish_reason = "error"
 
-    def _stream(self, request: _Request) -> Iterator[str]:
+    def _stream(self, request: LiveRequest) -> Iterator[str]:
         runner = self._open()
         (running,) = request.outputs
         with self._lock:
@@ -503,123 +451,8 @@ class InferenceEngine:
         return self._runner
 
 
-class _Request:
-    """One prompt on its way: its outputs in the making, and what is made of them in the end."""
-
-    def __init__(self, request_id: str, prompt: str | None) -> None:
-        self.request_id, self.prompt = request_id, prompt
-        self.ids: list[int] = []
-        self.outputs: list[Running] = []
-        self.error: str | None = None
-
-    @property
-    def ended(self) -> bool:
-        return all(running.ended for running in self.outputs)
-
-    def failure(self) -> str | None:
-        """Why it failed, or None."""
-        return self.error or next((r.error for r in self.outputs if r.error is not None), None)
-
-    def output(self) -> RequestOutput:
-        """What the caller gets."""
-        if self.error is not None:
-            outputs = [CompletionOutput(index=0, finish_reason="error")]
-            return RequestOutput(
-                request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.ids, outputs=outputs,
-                error=self.error,
-            )  # fmt: skip
-        first = self.outputs[0]
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.ids,
-            outputs=[self._completion(index, running) for index, running in enumerate(self.outputs)],
-            prompt_logprobs=None if first.params.prompt_logprobs is None else self._prompt_logprobs(first),
-            error=self.failure(),
-            metrics=_metrics(self.outputs),
-        )
-
-    @staticmethod
-    def _completion(index: int, running: Running) -> CompletionOutput:
-        wanted = running.params.logprobs is not None
-        return CompletionOutput(
-            index=index,
-            text="" if running.text is None else running.text.text,
-            token_ids=list(running.output),
-            finish_reason=running.finish_reason,
-            stop_reason=running.stop_reason,
-            logprobs=running.logprobs if wanted else None,
-            cumulative_logprob=running.cumulative_logprob if wanted else None,
-        )
-
-    def _prompt_logprobs(self, first: Running) -> list[Any]:
-        count = first.params.prompt_logprobs or 0
-        rows = zip(self.ids[1:], first.prompt_logprobs, strict=False)
-        return [None, *(logprob_dict(token, *row, count, first.decode_token) for token, row in rows)]
-
-
-def _metrics(outputs: Sequence[Running]) -> RequestMetrics:
-    first = outputs[0]
-    later = len(first.output) - 1
-    ended = max((r.last_token or r.submitted for r in outputs), default=time.perf_counter())
-    spread = (first.last_token or 0.0) - (first.first_token or 0.0)
-    return RequestMetrics(
-        queued=None if first.started is None else first.started - first.submitted,
-        time_to_first_token=None if first.first_token is None else first.first_token - first.submitted,
-        time_per_output_token=spread / later if later > 0 else None,
-        total=ended - first.submitted,
-    )
-
-
-def limits_of(spec: ModelSpec) -> TensorLimits:
-    """What a model allows the ``tensor`` axis to be."""
-    return TensorLimits(heads=spec.heads, kv_heads=spec.kv_heads, intermediate=spec.intermediate)
-
-
 def _shown(value: bool | None) -> bool:
     return progress.shown(value)
-
-
-def _is_prompt(value: Any) -> bool:
-    """Whether this is one prompt: a string, or a sequence of integers (an empty one is an empty list of prompts)."""
-    if isinstance(value, str):
-        return True
-    return isinstance(value, Sequence | np.ndarray) and len(value) > 0 and isinstance(value[0], int | np.integer)
-
-
-def _dtype_of(config: Any) -> str:
-    """The checkpoint's own dtype; float32 where it does not say."""
-    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(
-            f"{config.model_type} config: dtype {name!r} is not implemented; give dtype=, one of {DTYPES}"
-        )
-    return name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, or None where the folder has none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # anything from KeyError to a Rust panic for a damaged file
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{folder}: the tokenizer cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _keep_compiled(mesh: Mesh) -> None:

@@ -6,25 +6,30 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxinfer import hardware as machine
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.generation.kv_cache import blocks_for
 from jaxinfer.hardware import Hardware
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import Layout, ModelSpec
+from jaxinfer.pretrained import DTYPES, Pretrained
 from pallas_kernels import BLOCK_SIZE
-from sharding import ShardingRules
+from sharding import ShardingRules, make_mesh, mesh_sizes
 
-DTYPES = ("float32", "bfloat16", "float16")
 # Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
 USABLE = 0.92
 # KV cache of a CPU where the caller gives no size: enough for notebooks and tests, small beside a laptop's memory.
 CPU_CACHE_BYTES = 2 << 30
 CPU_WORKSPACE_TOKENS = 512
+BOUND_CONTEXT = 512
+"""Tokens of the sequences whose bounds a plan shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,7 @@ class Plan:
 
     @property
     def step_bytes_per_device(self) -> int:
-        """Bytes of parameters that a device reads in a decode step: all but the rows of tables that no token asks for."""
+        """Bytes of parameters that a device reads in a decode step: all but table rows that no token asks for."""
         skipped = () if self.spec.tied_head else ("embed.tokens",)
         return sum(
             info.nbytes // self._ways(info.axes)
@@ -124,20 +129,54 @@ class Plan:
         memory = self.hardware.memory
         return None if memory is None else self.total_bytes_per_device <= memory * USABLE
 
-    def step_milliseconds(self, batch: int = 1, context: int = 0) -> float | None:
-        """The least time of a decode step, in ms: its bytes at the device's copy bandwidth.
+    def step_bytes(self, batch: int = 1, context: int = 0) -> float:
+        """Bytes that a device must read in a decode step: parameters, and the keys and values of every sequence.
 
         Args:
             batch: sequences on each data shard.
-            context: tokens of each, whose keys and values are read.
+            context: tokens of each.
+        """
+        return self.step_bytes_per_device + batch * context * self.block_bytes_per_device / BLOCK_SIZE
+
+    def step_milliseconds(self, batch: int = 1, context: int = 0) -> float | None:
+        """The least time of a decode step, in ms: :meth:`step_bytes` at the device's copy bandwidth.
 
         Returns:
             None where the bandwidth is not known.
         """
-        if self.hardware.bandwidth is None:
+        bandwidth = self.hardware.bandwidth
+        return None if bandwidth is None else 1e3 * self.step_bytes(batch, context) / bandwidth
+
+    def prefill_flops(self, batch: int, tokens: int) -> float:
+        """Floating-point operations of a device in the prefill of prompts, a multiply-add counted as two.
+
+        Products with weights, and the scores and sums of causal attention without what a window would leave out. The
+        head counts once a sequence, since only the last position is sampled from.
+
+        Args:
+            batch: sequences on each data shard.
+            tokens: of each.
+        """
+        layers = sum(
+            math.prod(info.shape) // self._ways(info.axes)
+            for path, info in self.parameters.items()
+            if path.startswith("layers.") and len(info.shape) > 1
+        )
+        spec, tensor = self.spec, self.mesh.get("tensor", 1)
+        head = spec.hidden * self.layout.vocab_rows // tensor
+        attention = 2 * tokens * tokens * spec.num_layers * spec.heads * spec.head_dim // tensor
+        return float(batch * (2 * (tokens * layers + head) + attention))
+
+    def prefill_milliseconds(self, batch: int, tokens: int) -> float | None:
+        """The least time of a prefill, in ms: :meth:`prefill_flops` at the device's rate, or a read of the parameters.
+
+        Returns:
+            None where the rates are not known.
+        """
+        matmul, bandwidth = self.hardware.matmul, self.hardware.bandwidth
+        if matmul is None or bandwidth is None:
             return None
-        moved = self.step_bytes_per_device + batch * context * self.block_bytes_per_device / BLOCK_SIZE
-        return 1e3 * moved / self.hardware.bandwidth
+        return 1e3 * max(self.prefill_flops(batch, tokens) / matmul, self.step_bytes_per_device / bandwidth)
 
     def _ways(self, axes: tuple[str | None, ...]) -> int:
         """Devices among which an array with these axes is divided."""
@@ -168,14 +207,18 @@ class Plan:
             ("slots", str(self.slots), f"{self.slots * shards} sequences at once"),
             ("longest sequence", f"{self.max_model_len:,} tokens", ""),
         ]
-        for batch, context in ((1, 512), (self.slots, 512)):
+        context = min(BOUND_CONTEXT, self.max_model_len)
+        bounds = [(f"prefill, at least (1 x {context} tokens)", self.prefill_milliseconds(1, context), "")]
+        for batch in dict.fromkeys((1, self.slots)):
             bound = self.step_milliseconds(batch, context)
-            text = "bandwidth unknown" if bound is None else f"{bound:.2f} ms"
-            table.append((f"decode step, at least (batch {batch}, context {context})", text, ""))
+            rate = "" if bound is None else f"{1e3 * batch * shards / bound:,.0f} tokens/s at most"
+            bounds.append((f"decode step, at least (batch {batch} a shard, context {context})", bound, rate))
+        table += [(what, "rates unknown" if ms is None else f"{ms:.3g} ms", rate) for what, ms, rate in bounds]
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values, sizes in bytes and times in ms."""
+        context = min(BOUND_CONTEXT, self.max_model_len)
         return {
             "family": self.spec.family,
             "dtype": self.dtype,
@@ -195,9 +238,14 @@ class Plan:
             "slots": self.slots,
             "kv_blocks": self.num_blocks,
             "max_model_len": self.max_model_len,
-            "step_ms": {
-                "batch_1": self.step_milliseconds(1, 512),
-                "all_slots": self.step_milliseconds(self.slots, 512),
+            "bounds": {
+                "context": context,
+                "prefill_ms": self.prefill_milliseconds(1, context),
+                "step_ms": {
+                    "batch_1": self.step_milliseconds(1, context),
+                    "all_slots": self.step_milliseconds(self.slots, context),
+                },
+                "measured": self.hardware.measured,
             },
         }
 
@@ -235,6 +283,7 @@ def make_plan(
     prefill_chunk: int = 512,
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
+    must_fit: bool = True,
 ) -> Plan:
     """Lay a model out over a mesh.
 
@@ -249,6 +298,7 @@ def make_plan(
             memory goes.
         decode_chunk, prefill_chunk, prefill_tokens: see :class:`Plan`.
         rules: logical axis -> mesh axis.
+        must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
     Raises:
         ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length.
@@ -290,6 +340,8 @@ def make_plan(
     if room is None:
         return plan
     blocks = min(wanted, room // plan.block_bytes_per_device)
+    if blocks < 2 and not must_fit:
+        return build(blocks_for(longest) + 1)
     if blocks < 2:
         raise CapacityError(
             f"{size(plan.weight_bytes_per_device)} of weights and {size(plan.workspace_bytes_per_device)} of workspace "
@@ -297,3 +349,49 @@ def make_plan(
             "use more devices on the tensor axis"
         )
     return build(blocks)
+
+
+def plan(
+    model: str | Path,
+    mesh: Mapping[str, int] | Mesh | None = None,
+    dtype: str | None = None,
+    *,
+    device: str | Hardware | None = None,
+    max_batch: int = 16,
+    max_model_len: int | None = None,
+    kv_blocks: int | None = None,
+    decode_chunk: int = 16,
+    prefill_chunk: int = 512,
+    prefill_tokens: int = 2048,
+    rules: ShardingRules | None = None,
+) -> Plan:
+    """Say where every byte of a model would live and what that bounds, without loading it.
+
+    Reads the configuration and the headers of the weights, and checks them as :func:`jaxinfer.init_inference` does. A
+    plan that does not fit is no error here: it says ``fits`` False.
+
+    Args:
+        model, mesh, dtype: as in :func:`jaxinfer.init_inference`.
+        device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
+            described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
+        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules: as in
+            :func:`jaxinfer.init_inference`.
+
+    Raises:
+        ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
+            device that is not known.
+    """
+    with Pretrained(model) as pretrained:
+        if device is None:
+            devices = make_mesh(mesh, pretrained.limits)
+            sizes, of = dict(devices.shape), machine.of(devices.devices.flat[0])
+        else:
+            of = machine.named(device) if isinstance(device, str) else device
+            sizes = mesh_sizes(dict(mesh.shape) if isinstance(mesh, Mesh) else mesh or {}, pretrained.limits)
+        found = make_plan(
+            pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
+            kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
+            prefill_tokens=prefill_tokens, rules=rules, must_fit=False,
+        )  # fmt: skip
+        pretrained.sources(found.layout)
+    return found
