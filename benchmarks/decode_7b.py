@@ -76,7 +76,7 @@ def ours(folder: Path) -> dict[str, Any]:
     for batch in BATCHES:
         start = time.perf_counter()
         engine = jaxinfer.init_inference(folder, max_batch=batch, max_model_len=1024)
-        jax.block_until_ready(engine.executor._leaves)
+        jax.block_until_ready(engine.executor.parameters)
         loads.append(time.perf_counter() - start)
         rng = np.random.default_rng(0)
         prompts = [rng.integers(3, 32000, PROMPT).tolist() for _ in range(batch)]

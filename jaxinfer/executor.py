@@ -163,6 +163,11 @@ class Executor:
         self.caches = self._empty_caches()
         self.last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
 
+    @property
+    def parameters(self) -> dict[str, jax.Array]:
+        """The parameters by path, as they lie on the devices."""
+        return dict(zip(self.plan.parameters, self._leaves, strict=True))
+
     @staticmethod
     def placements(plan: Plan, mesh: Mesh) -> dict[str, NamedSharding]:
         """Where each parameter of a plan belongs."""
