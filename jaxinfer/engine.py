@@ -350,8 +350,9 @@ class InferenceEngine:
                     params=one,
                     wish=(wish or PromptWish()) if index == 0 else PromptWish(),
                     decode_token=self._token_text,
-                    # Keys are cached rotated, so a sequence takes one set of frequencies for its whole life.
-                    long=long_from is not None and len(request.ids) + limit > long_from,
+                    # Keys are cached rotated, so a sequence takes one set of frequencies for its whole life: that of
+                    # the most tokens it may feed the model (the last one of the output is never fed).
+                    long=long_from is not None and len(request.ids) + max(limit - 1, 0) > long_from,
                 )
                 if self.tokenizer is not None and limit:
                     running.text = TextStream(
