@@ -51,7 +51,8 @@ engine.generate(prompts, SamplingParams(temperature=0.8, top_p=0.95, max_tokens=
 params = SamplingParams(temperature=1.0, max_tokens=24, seed=7)
 alone = engine.generate(prompts[1], params).outputs[0].token_ids
 crowd = engine.generate(prompts, params)[1].outputs[0].token_ids
-alone == crowd
+assert alone == crowd
+alone
 
 # %% [markdown]
 # A prompt that cannot be served says why, and its neighbours are unharmed:

@@ -1,0 +1,1 @@
+"""Generation: sampling parameters, sampling, text, the KV cache's blocks, scheduling, and the loop over them."""
