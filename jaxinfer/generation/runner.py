@@ -21,7 +21,7 @@ from jaxinfer.generation.kv_cache import NULL_BLOCK
 from jaxinfer.generation.params import MAX_LOGPROBS, ResolvedParams
 from jaxinfer.generation.requests import FinishReason, Logprob, logprob_dict
 from jaxinfer.generation.sampling import PAD, SamplerFeatures, SamplingRows, features_of, pack
-from jaxinfer.generation.scheduler import DecodeStep, MustDrain, PrefillStep, Scheduler
+from jaxinfer.generation.scheduler import DecodeStep, MustDrain, PrefillStep, Scheduler, prefill_shape
 from jaxinfer.generation.text import TextStream
 
 NOT_FINITE = "the model's logits were not finite (NaN or infinity), or every token was forbidden"
@@ -150,9 +150,9 @@ class Runner:
 
     def _prefill(self, step: PrefillStep) -> None:
         plan = self.plan
-        width = max(len(rows) for rows in step.rows)
-        per_shard = 1 << (width - 1).bit_length()
-        length = _bucket_length(max(row.stop - row.start for rows in step.rows for row in rows))
+        per_shard, length = prefill_shape(
+            max(len(rows) for rows in step.rows), max(row.stop - row.start for rows in step.rows for row in rows)
+        )
         blocks = _bucket_power(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
         size = per_shard * plan.shards
         tokens, positions = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
@@ -362,11 +362,6 @@ def _history(size: int, placed: Sequence[tuple[int, Any]]) -> np.ndarray:
 def _bucket_power(count: int) -> int:
     """The power of two that is at least ``count``."""
     return 1 << max(count - 1, 0).bit_length()
-
-
-def _bucket_length(count: int) -> int:
-    """Prompt lengths that prefill is compiled for: powers of two from 16 tokens."""
-    return max(16, _bucket_power(count))
 
 
 def _bucket_width(count: int) -> int:

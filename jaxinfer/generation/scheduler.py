@@ -103,6 +103,15 @@ class DecodeStep:
     rows: tuple[tuple[DecodeRow, ...], ...]
 
 
+def prefill_shape(rows: int, tokens: int) -> tuple[int, int]:
+    """Rows and tokens that a prefill step is padded to: powers of two, and at least 16 tokens, so few are compiled."""
+    return _power_of_two(rows), max(16, _power_of_two(tokens))
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
+
+
 class MustDrain(Exception):
     """Blocks have run out while results are outstanding: they may free some, so look at them and ask again."""
 
@@ -119,7 +128,7 @@ class Scheduler:
         num_blocks: KV blocks of one shard, the null block included.
         decode_chunk: tokens that a decode step advances each sequence by.
         prefill_chunk: most tokens of one sequence in a prefill step.
-        prefill_tokens: most tokens of one shard in a prefill step.
+        prefill_tokens: most tokens of one shard in a prefill step of several rows, counted as they are padded.
     """
 
     def __init__(
@@ -127,7 +136,7 @@ class Scheduler:
     ) -> None:
         """Start empty."""
         self.shards, self.slots, self.decode_chunk = shards, slots, decode_chunk
-        self.prefill_chunk, self.prefill_tokens = prefill_chunk, max(prefill_tokens, prefill_chunk)
+        self.prefill_chunk, self.prefill_tokens = prefill_chunk, prefill_tokens
         self.allocators = [BlockAllocator(num_blocks) for _ in range(shards)]
         self._waiting: list[Sequence] = []
         self._running: list[dict[int, Sequence]] = [{} for _ in range(shards)]
@@ -175,24 +184,28 @@ class Scheduler:
     def next_prefill(self) -> PrefillStep | None:
         """Admit waiting sequences and hand out the next chunks of those whose prompt is not yet computed."""
         self._admit()
-        rows: list[tuple[PrefillRow, ...]] = []
-        for shard in range(self.shards):
-            budget, chunks = self.prefill_tokens, []
-            for sequence in self.running(shard):
-                if not sequence.prefilling:
-                    continue
-                size = min(sequence.target - sequence.computed, self.prefill_chunk)
-                if size > budget:
-                    break
-                budget -= size
-                start, stop = sequence.computed, sequence.computed + size
-                last = stop == sequence.target
-                chunks.append(PrefillRow(sequence, start, stop, last))
-                sequence.computed = stop
-                if last and sequence.max_tokens:
-                    sequence.dispatched += 1
-            rows.append(tuple(chunks))
-        return PrefillStep(tuple(rows)) if any(rows) else None
+        rows: list[list[PrefillRow]] = [[] for _ in range(self.shards)]
+        full: set[int] = set()
+        most = longest = 0
+        for sequence in self.running():
+            shard = sequence.shard
+            assert shard is not None
+            if not sequence.prefilling or shard in full:
+                continue
+            size = min(sequence.target - sequence.computed, self.prefill_chunk)
+            # Every row of every shard is padded to the longest one, so what counts is the padded step.
+            count, length = prefill_shape(max(most, len(rows[shard]) + 1), max(longest, size))
+            if most and count * length > self.prefill_tokens:
+                full.add(shard)
+                continue
+            most, longest = max(most, len(rows[shard]) + 1), max(longest, size)
+            start, stop = sequence.computed, sequence.computed + size
+            last = stop == sequence.target
+            rows[shard].append(PrefillRow(sequence, start, stop, last))
+            sequence.computed = stop
+            if last and sequence.max_tokens:
+                sequence.dispatched += 1
+        return PrefillStep(tuple(map(tuple, rows))) if most else None
 
     def next_decode(self, *, outstanding: bool) -> DecodeStep | None:
         """Hand out the next tokens of every sequence that has some to come.

@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxinfer.errors import CapacityError
+from jaxinfer.generation.kv_cache import blocks_for
+from jaxinfer.generation.scheduler import (
+    DecodeStep,
+    MustDrain,
+    PrefillStep,
+    Scheduler,
+    Sequence,
+    Status,
+    prefill_shape,
+)
+
+
+@dataclass(eq=False)
+class Text(Sequence):
+    """A sequence with what the device would know of it: which tokens are where, and when it ends by itself.
+
+    Output token ``i`` of text ``name`` is ``(name, i)``, so a token in a wrong place shows.
+    """
+
+    name: int = 0
+    ends_at: int = 1 << 30
+    cached: dict[int, Any] = field(default_factory=dict)
+
+    def said(self, position: int) -> Any:
+        """The token at a position."""
+        return self.prompt[position] if position < len(self.prompt) else (self.name, position - len(self.prompt))
+
+    @property
+    def wanted(self) -> int:
+        """Output tokens that it has in the end."""
+        return min(self.max_tokens, self.ends_at)
+
+
+class Device:
+    """Runs steps in the order they are handed out, on blocks of (text, position) instead of keys and values."""
+
+    def __init__(self, scheduler: Scheduler, num_blocks: int) -> None:
+        self.scheduler = scheduler
+        self.memory: list[dict[tuple[int, int], Any]] = [{} for _ in range(scheduler.shards)]
+        self.last: dict[tuple[int, int], Any] = {}
+        self.num_blocks = num_blocks
+
+    def write(self, text: Text, position: int, token: Any) -> None:
+        assert 0 <= position // 64 < len(text.blocks), "a step writes past the sequence's blocks"
+        block = text.blocks[position // 64]
+        assert 0 < block < self.num_blocks
+        self.memory[text.shard or 0][block, position % 64] = token
+
+    def read(self, text: Text, count: int) -> None:
+        """Attention over the first ``count`` tokens: each must be where the table says, as it was written."""
+        memory = self.memory[text.shard or 0]
+        for position in range(count):
+            assert memory.get((text.blocks[position // 64], position % 64)) == text.said(position)
+
+    def run(self, step: PrefillStep | DecodeStep) -> list[tuple[Text, list[Any]]]:
+        """The tokens that a step draws for each text."""
+        drawn: list[tuple[Text, list[Any]]] = []
+        for shard, rows in enumerate(step.rows):
+            for row in rows:
+                text: Any = row.sequence
+                assert text.status is Status.RUNNING
+                assert text.shard == shard
+                place = (shard, text.slot)
+                if isinstance(step, PrefillStep):
+                    for position in range(row.start, row.stop):
+                        self.write(text, position, text.said(position))
+                    self.read(text, row.stop)
+                    tokens = [text.said(row.stop)] if row.last and text.max_tokens else []
+                else:
+                    tokens = []
+                    for position in range(row.position, row.position + row.steps):
+                        fed = tokens[-1] if tokens else self.last[place]
+                        assert fed == text.said(position), "a slot is fed a token that is not its own"
+                        self.write(text, position, fed)
+                        self.read(text, position + 1)
+                        tokens.append(text.said(position + 1))
+                if tokens:
+                    self.last[place] = tokens[-1]
+                drawn.append((text, tokens))
+        return drawn
+
+
+class Serving(RuleBasedStateMachine):
+    """Random arrivals, lengths, ends and aborts on a tight cache, with steps handed out before results are known."""
+
+    @initialize(
+        shards=st.integers(1, 3),
+        slots=st.integers(1, 4),
+        blocks=st.integers(2, 9),
+        decode_chunk=st.sampled_from([1, 4, 16, 70]),
+        prefill_chunk=st.sampled_from([16, 50, 128]),
+        prefill_tokens=st.sampled_from([16, 100, 512]),
+        ahead=st.integers(0, 2),
+    )
+    def start(self, shards, slots, blocks, decode_chunk, prefill_chunk, prefill_tokens, ahead):
+        self.scheduler = Scheduler(
+            shards=shards,
+            slots=slots,
+            num_blocks=blocks,
+            decode_chunk=decode_chunk,
+            prefill_chunk=prefill_chunk,
+            prefill_tokens=prefill_tokens,
+        )
+        self.device = Device(self.scheduler, blocks)
+        self.ahead, self.decode_chunk = ahead, decode_chunk
+        self.pending: deque[tuple[PrefillStep | DecodeStep, list[tuple[Text, list[Any]]]]] = deque()
+        self.texts: list[Text] = []
+        self.aborted: set[Text] = set()
+        self.admitted: list[Text] = []
+
+    @rule(
+        prompt=st.one_of(st.integers(1, 20), st.integers(1, 300)),
+        max_tokens=st.one_of(st.integers(0, 5), st.integers(1, 200)),
+        ends_at=st.one_of(st.just(1 << 30), st.integers(1, 100)),
+    )
+    def arrive(self, prompt, max_tokens, ends_at):
+        name = len(self.texts)
+        tokens: list[Any] = [(name, "prompt", i) for i in range(prompt)]
+        text = Text(prompt=tokens, max_tokens=max_tokens, name=name, ends_at=ends_at)
+        capacity = self.scheduler.allocators[0].capacity
+        if blocks_for(prompt + max(max_tokens - 1, 0)) > capacity:
+            with pytest.raises(CapacityError, match=f"prompt of {prompt} tokens with max_tokens={max_tokens} needs"):
+                self.scheduler.add(text)
+        else:
+            self.scheduler.add(text)
+            self.texts.append(text)
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def abort(self, data):
+        text = data.draw(st.sampled_from(self.texts))
+        if text.status is not Status.ENDED:
+            self.aborted.add(text)
+        self.scheduler.abort([text])
+        assert text.status is Status.ENDED
+
+    @rule(turns=st.integers(1, 20))
+    def work(self, turns):
+        for _ in range(turns):
+            self.turn()
+
+    def turn(self) -> bool:
+        """One turn of the loop, as the runner takes it; whether it did anything."""
+        oldest = next((t for t in self.texts if t.status is not Status.ENDED), None)
+        computed_again = oldest.preemptions if oldest else 0
+        before = {text for text in self.texts if text.status is Status.WAITING}
+        step: PrefillStep | DecodeStep | None = self.scheduler.next_prefill()
+        self.check_admission(before)
+        if step is None:
+            try:
+                step = self.scheduler.next_decode(outstanding=bool(self.pending))
+            except MustDrain:
+                assert self.pending
+        if oldest is not None:
+            assert oldest.preemptions == computed_again, "the oldest sequence lost its blocks"
+        if step is not None:
+            self.check(step)
+            self.pending.append((step, self.device.run(step)))
+        worked = step is not None or bool(self.pending)
+        while len(self.pending) > (self.ahead if step is not None else 0):
+            self.take_in(*self.pending.popleft())
+        return worked
+
+    def check_admission(self, before: set[Text]) -> None:
+        left = [text for text in self.texts if text.status is Status.WAITING]
+        entered = [text for text in before if text.status is Status.RUNNING]
+        if left and entered:
+            assert max(t.arrival for t in entered) < min(t.arrival for t in left), "somebody was overtaken"
+
+    def check(self, step: PrefillStep | DecodeStep) -> None:
+        assert len(step.rows) == self.scheduler.shards
+        assert any(step.rows)
+        for rows in step.rows:
+            texts = [row.sequence for row in rows]
+            assert len(set(map(id, texts))) == len(texts)
+            assert [t.arrival for t in texts] == sorted(t.arrival for t in texts)
+        if isinstance(step, PrefillStep):
+            sizes = [row.stop - row.start for rows in step.rows for row in rows]
+            assert 0 < min(sizes) <= max(sizes) <= self.scheduler.prefill_chunk
+            count, length = prefill_shape(max(map(len, step.rows)), max(sizes))
+            assert len(sizes) == 1 or count * length <= self.scheduler.prefill_tokens
+        else:
+            assert all(0 < row.steps <= self.decode_chunk for rows in step.rows for row in rows)
+
+    def take_in(self, step: PrefillStep | DecodeStep, drawn: list[tuple[Text, list[Any]]]) -> None:
+        last = {row.sequence: row.last for rows in step.rows for row in rows} if isinstance(step, PrefillStep) else {}
+        for text, tokens in drawn:
+            if text.status is Status.ENDED:
+                continue
+            for token in tokens:
+                assert token == (text.name, len(text.output)), "an output token is lost, twice or out of order"
+                text.output.append(token)
+                if len(text.output) >= text.wanted:
+                    break
+            if len(text.output) >= text.wanted and last.get(text, True):
+                self.scheduler.finish(text)
+
+    @invariant()
+    def books_balance(self):
+        if not hasattr(self, "scheduler"):
+            return
+        for shard, allocator in enumerate(self.scheduler.allocators):
+            running = self.scheduler.running(shard)
+            blocks = [block for text in running for block in text.blocks]
+            assert len(set(blocks)) == len(blocks), "a block is owned twice"
+            assert allocator.free + len(blocks) == allocator.capacity, "a block is lost"
+            slots = [text.slot for text in running]
+            assert len(set(slots)) == len(slots)
+            assert all(slot in range(self.scheduler.slots) for slot in slots)
+            assert all(text.shard == shard for text in running)
+        waiting = [text for text in self.texts if text.status is Status.WAITING]
+        assert self.scheduler.waiting == len(waiting)
+        assert not any(text.blocks for text in self.texts if text.status is not Status.RUNNING)
+        assert len(self.scheduler.running()) == sum(text.status is Status.RUNNING for text in self.texts)
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        # A turn hands out a step, takes results in, or both; each text needs finitely many, however often it loses.
+        for _ in range(20_000):
+            if self.scheduler.idle:
+                break
+            assert self.turn(), "there is work, and a turn does none"
+        assert self.scheduler.idle
+        for text in self.texts:
+            assert text.status is Status.ENDED
+            if text not in self.aborted:
+                assert text.output == [(text.name, i) for i in range(text.wanted)]
+        assert all(allocator.free == allocator.capacity for allocator in self.scheduler.allocators)
+        self.books_balance()
+
+
+Serving.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestServing = Serving.TestCase
+
+
+def scheduler(**changes: int) -> Scheduler:
+    sizes = {
+        "shards": 1,
+        "slots": 4,
+        "num_blocks": 9,
+        "decode_chunk": 8,
+        "prefill_chunk": 64,
+        "prefill_tokens": 256,
+    }
+    return Scheduler(**(sizes | changes))
+
+
+def text(prompt: int, max_tokens: int = 1) -> Sequence:
+    return Sequence(prompt=[5] * prompt, max_tokens=max_tokens)
+
+
+def test_a_long_prompt_is_computed_in_consecutive_chunks_and_the_last_one_draws():
+    plan, sequence = scheduler(), text(150, 3)
+    plan.add(sequence)
+    chunks = []
+    while (step := plan.next_prefill()) is not None:
+        ((row,),) = step.rows
+        chunks.append((row.start, row.stop, row.last))
+    assert chunks == [(0, 64, False), (64, 128, False), (128, 150, True)]
+    decode = plan.next_decode(outstanding=True)
+    assert decode is not None
+    ((row,),) = decode.rows
+    assert (row.position, row.step, row.steps) == (150, 1, 2)
+    assert plan.next_decode(outstanding=True) is None  # all its tokens are on their way
+
+
+def test_nobody_decodes_that_is_not_through_its_prompt():
+    plan, sequence = scheduler(), text(150, 3)
+    plan.add(sequence)
+    plan.next_prefill()
+    assert plan.next_decode(outstanding=False) is None
+
+
+def test_a_prompt_that_is_only_scored_draws_nothing():
+    plan, sequence = scheduler(), text(20, 0)
+    plan.add(sequence)
+    assert plan.next_prefill() is not None
+    assert sequence.dispatched == 0
+    assert plan.next_decode(outstanding=False) is None
+
+
+def test_a_long_prompt_does_not_blow_a_step_of_short_ones_up():
+    """Rows are padded to the longest: 1 of 64 tokens and 15 of 4 would be 1024 tokens, four times what is allowed."""
+    plan = scheduler(slots=16, num_blocks=40)
+    for prompt in (64, *[4] * 15):
+        plan.add(text(prompt))
+    rows = []
+    while (step := plan.next_prefill()) is not None:
+        rows.append(len(step.rows[0]))
+    assert rows == [4, 12]
+
+
+@given(rows=st.integers(1, 300), tokens=st.integers(1, 5000))
+def test_prefill_shapes_are_few_and_hold_what_they_must(rows, tokens):
+    count, length = prefill_shape(rows, tokens)
+    assert rows <= count < 2 * rows
+    assert tokens <= length < max(2 * tokens, 17)
+    assert count & (count - 1) == length & (length - 1) == 0
+
+
+def test_shards_fill_evenly():
+    plan = scheduler(shards=2)
+    for _ in range(4):
+        plan.add(text(10))
+    plan.next_prefill()
+    assert [[s.arrival for s in plan.running(shard)] for shard in range(2)] == [[0, 2], [1, 3]]
+
+
+def test_the_youngest_gives_its_blocks_to_the_oldest_and_comes_back_with_what_it_said():
+    plan = scheduler(num_blocks=5, decode_chunk=64, prefill_chunk=128)
+    old, young = text(60, 150), text(60, 100)
+    for sequence in (old, young):
+        plan.add(sequence)
+    plan.next_prefill()
+    for sequence in (old, young):
+        sequence.output.append(7)
+    plan.next_decode(outstanding=False)
+    for sequence in (old, young):
+        sequence.output += [7] * 64
+    with pytest.raises(MustDrain):
+        plan.next_decode(outstanding=True)
+    assert (old.preemptions, young.preemptions) == (0, 0)
+    step = plan.next_decode(outstanding=False)
+    assert step is not None
+    assert [row.sequence for row in step.rows[0]] == [old]
+    assert (old.preemptions, young.preemptions) == (0, 1)
+    assert young.status is Status.WAITING
+    assert plan.next_prefill() is None  # one block is free, and it needs three
+    plan.finish(old)
+    again = plan.next_prefill()
+    assert again is not None
+    ((row,),) = again.rows
+    assert (row.sequence, row.start, row.stop, row.last) == (young, 0, 125, True)
+    assert young.dispatched == 66
+
+
+def test_finishing_twice_changes_nothing():
+    plan, sequence = scheduler(), text(10)
+    plan.add(sequence)
+    plan.next_prefill()
+    plan.finish(sequence)
+    plan.finish(sequence)
+    assert plan.idle
+    assert plan.allocators[0].free == plan.allocators[0].capacity
