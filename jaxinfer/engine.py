@@ -113,6 +113,7 @@ class InferenceEngine:
         mesh: the devices.
         tokenizer: the checkpoint's, or None where it has none (then prompts are token ids).
         defaults: what the checkpoint's generation_config says about fields of ``SamplingParams`` that are left out.
+        progress: whether bars show; may be set.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class InferenceEngine:
         self.plan, self.mesh, self.tokenizer, self.name = plan, mesh, tokenizer, name
         self.defaults = defaults or GenerationDefaults()
         self.eos_token_ids = tuple(eos_token_ids)
-        self._show = progress
+        self.progress = progress
         self._seed, self._requests = seed, 0
         self._lock = threading.RLock()
         self._runner: Runner | None = Runner(Executor(plan, mesh, leaves, self._compiling))
@@ -200,7 +201,7 @@ class InferenceEngine:
         live = [self._request(item, p) for item, p in zip(items, params, strict=True)]
         if single and live[0].error is not None:
             raise RequestError(live[0].error)
-        self._run(live, _shown(progress) if progress is not None else self._show, "generating")
+        self._run(live, _shown(progress) if progress is not None else self.progress, "generating")
         outputs = RequestOutputs(request.output() for request in live)
         return outputs[0] if single else outputs
 
@@ -376,7 +377,7 @@ class InferenceEngine:
         items: list[Any] = [texts] if is_prompt(texts) else list(texts)
         live = [self._request(item, SamplingParams(temperature=0.0, max_tokens=None), wish) for item in items]
         self._check_all(live)
-        self._run(live, _shown(progress) if progress is not None else self._show, what)
+        self._run(live, _shown(progress) if progress is not None else self.progress, what)
         if strict:
             self._check_all(live)
         return live
@@ -444,7 +445,7 @@ class InferenceEngine:
         return "" if self.tokenizer is None else token_text(self.tokenizer, token)
 
     def _compiling(self, what: str) -> Any:
-        return progress.compiling(self._show, what)
+        return progress.compiling(self.progress, what)
 
     def _open(self) -> Runner:
         if self._runner is None:

@@ -137,6 +137,10 @@ class Executor:
         mesh: the mesh, with the plan's sizes.
         leaves: parameters by path, placed as :meth:`placements` says.
         on_compile: called with a description; returns a context that spans the compilation of a step.
+
+    Attributes:
+        trace: where a list is put here, each step is added to it as ``prefill`` or ``decode`` and a function that runs
+            it again, for measuring.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class Executor:
         self._on_compile = on_compile or (lambda _: contextlib.nullcontext())
         self._compiled: dict[Any, Any] = {}
         self._penalties: PenaltyState | None = None
+        self.trace: list[tuple[str, Callable[[], Any]]] | None = None
         self.batch = plan.slots * plan.shards
         self.caches = self._empty_caches()
         self.last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
@@ -175,6 +180,8 @@ class Executor:
 
     def prefill(self, inputs: PrefillInputs, features: SamplerFeatures, wish: PromptWish) -> tuple[Drawn, PromptReport]:
         """Compute chunks of prompts; rows that complete theirs sample a token. Returns at once."""
+        if self.trace is not None:
+            self.trace.append(("prefill", functools.partial(self.prefill, inputs, features, wish)))
         penalties = self._penalty_state() if features.penalties else None
         key = ("prefill", _shapes(inputs), features, wish)
         rows, tokens = inputs.tokens.shape
@@ -194,6 +201,8 @@ class Executor:
 
     def decode(self, inputs: DecodeInputs, features: SamplerFeatures) -> Drawn:
         """Advance every slot by the plan's ``decode_chunk`` tokens, or fewer where it says so. Returns at once."""
+        if self.trace is not None:
+            self.trace.append(("decode", functools.partial(self.decode, inputs, features)))
         penalties = self._penalty_state() if features.penalties else None
         step = self._step(
             ("decode", _shapes(inputs), features),

@@ -348,7 +348,7 @@ def export(folder: Path, config: LlamaConfig, params: nnx.State, tokenizer: Toke
     save_file(tensors(params, jnp.bfloat16), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": 0}
-    GenerationConfig(**ends, do_sample=True, temperature=0.7, top_p=0.9).save_pretrained(folder)
+    GenerationConfig(**ends, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=128).save_pretrained(folder)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,
