@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,24 +215,6 @@ class Executor:
         if features.penalties:
             self._penalties = penalties
         return _fetching(drawn)
-
-    def clear_blocks(self, shard: int, blocks: Sequence[int]) -> None:
-        """Zero blocks that may hold values that are not finite, before another sequence gets them."""
-        size = 1 << max(len(blocks) - 1, 0).bit_length()
-        ids = np.full((self.plan.shards, size), self.plan.num_blocks, np.int32)
-        ids[shard, : len(blocks)] = blocks
-
-        def body(caches: list[LayerCache], ids: jax.Array) -> list[LayerCache]:
-            return [(k.at[ids[0]].set(0, mode="drop"), v.at[ids[0]].set(0, mode="drop")) for k, v in caches]
-
-        key = ("clear", size)
-        if key not in self._compiled:
-            cache_specs = [(self._cache_spec, self._cache_spec)] * self.plan.spec.num_layers
-            mapped = jax.shard_map(
-                body, mesh=self.mesh, in_specs=(cache_specs, self._rows), out_specs=cache_specs, check_vma=False
-            )
-            self._compiled[key] = jax.jit(mapped, donate_argnums=0)
-        self.caches = self._compiled[key](self.caches, ids)
 
     def compiled(self) -> dict[str, Any]:
         """The compiled steps by description, for their HLO and memory analysis."""

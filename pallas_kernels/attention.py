@@ -97,8 +97,8 @@ def attention(
     Args:
         query: [B, T, G, R, D].
         key, value: [B, G, S, D]; the key at index ``s`` has position ``s``.
-        query_positions: int32 [B, T]; keys after a query's position are not seen. A negative one marks padding, whose
-            result is finite and meaningless.
+        query_positions: int32 [B, T]; keys after a query's position are not seen, and those after a sequence's last
+            query may hold anything, also NaN. A negative one marks padding, whose result is meaningless.
         scale: multiplies the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         window: a query sees itself and the ``window - 1`` keys before it.
@@ -134,6 +134,9 @@ def attention(
     if window is not None:
         visible &= distance < window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    # A weight of zero times a value that is not finite would be NaN, and what lies past a sequence's end is not its own.
+    own = positions <= jnp.max(query_positions, axis=1, keepdims=True)
+    value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
     if implementation == "dot":
         out = einsum_f32("bgrts,bgsd->btgrd", weights.astype(value.dtype), value)
     else:
@@ -160,7 +163,7 @@ def paged_attention(
     Args:
         query: [B, T, G, R, D].
         key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
-        tables: int32 [B, W]; entries past a sequence's length may name any block that holds finite values.
+        tables: int32 [B, W]; entries past a sequence's length may name any block.
         query_positions: int32 [B, T], as in :func:`attention`.
         scale, softcap, window, bias, implementation: as in :func:`attention`.
 

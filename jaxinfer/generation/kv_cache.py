@@ -8,8 +8,7 @@ from jaxinfer.errors import CapacityError
 from pallas_kernels import BLOCK_SIZE
 
 NULL_BLOCK = 0
-"""Never allocated and never written, so always zero: what a block table names past a sequence's end. Attention masks
-those keys, but a weight of zero times a value that is not finite would still be NaN."""
+"""Never allocated and never written: what a block table names past a sequence's end."""
 
 
 def blocks_for(tokens: int) -> int:

@@ -325,8 +325,6 @@ class Runner:
         if sequence.text is not None:
             sequence.pieces.append(sequence.text.finish())
         sequence.finish_reason, sequence.stop_reason, sequence.error = reason, stop, error
-        if reason == "error" and sequence.shard is not None:
-            self.executor.clear_blocks(sequence.shard, sequence.blocks)
         self.counters.preemptions += sequence.preemptions
         self.scheduler.finish(sequence)
         sequence.on_end()
