@@ -41,6 +41,16 @@ def fill(shapes: dict[str, tuple[int, ...]], sources: Sources, tensors: dict[str
     return filled
 
 
+def steady(folder: Path, prompts: Sequence[Sequence[int]], steps: int) -> list[Sequence[int]]:
+    """Those prompts whose continuation by ``steps`` tokens stays on one side of LongRoPE's switch.
+
+    transformers changes the frequencies of all positions at the switch. An engine whose cached keys are rotated cannot,
+    so each sequence keeps one set, and only these prompts can be compared.
+    """
+    switch = load_spec(folder).long_from
+    return [ids for ids in prompts if switch is None or len(ids) > switch or len(ids) + steps - 1 <= switch]
+
+
 class BareModel:
     """The decoder of a checkpoint folder, laid out for ``tensor`` devices, called with lists of token ids."""
 
@@ -61,25 +71,29 @@ class BareModel:
         self.leaves = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), nnx.from_flat_state(flat))
         self.forward = jax.jit(lambda state, batch: nnx.merge(graph, state)(batch)[0])
 
-    def logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """float32 [T, V] for each prompt, all in one batch padded on the right."""
+    def logits(self, prompts: Sequence[Sequence[int]], long: Sequence[bool] | None = None) -> list[np.ndarray]:
+        """float32 [T, V] for each prompt, all in one batch padded on the right.
+
+        ``long`` says which take the long frequencies of LongRoPE; None: those longer than transformers' limit.
+        """
         tokens = np.zeros((len(prompts), self.width), np.int32)
         positions = np.full((len(prompts), self.width), -1, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
             positions[row, : len(prompt)] = np.arange(len(prompt))
-        long = None
-        if self.spec.long_from is not None:
-            long = jnp.asarray([len(prompt) > self.spec.long_from for prompt in prompts])
-        logits = self.forward(
-            self.leaves, Batch(tokens=jnp.asarray(tokens), positions=jnp.asarray(positions), long=long)
-        )
+        if long is None and self.spec.long_from is not None:
+            long = [len(prompt) > self.spec.long_from for prompt in prompts]
+        which = None if long is None else jnp.asarray(long)
+        batch = Batch(tokens=jnp.asarray(tokens), positions=jnp.asarray(positions), long=which)
+        logits = self.forward(self.leaves, batch)
         return [np.asarray(logits[row, : len(prompt)]) for row, prompt in enumerate(prompts)]
 
-    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], count: int, long: Sequence[bool] | None = None
+    ) -> list[list[int]]:
         """``count`` greedy tokens for each prompt, each from one full forward."""
         rows = [list(prompt) for prompt in prompts]
         for _ in range(count):
-            for row, logits in zip(rows, self.logits(rows), strict=True):
+            for row, logits in zip(rows, self.logits(rows, long), strict=True):
                 row.append(int(logits[-1].argmax()))
         return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]

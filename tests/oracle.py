@@ -145,3 +145,9 @@ def torch_greedy(model: Any, token_ids: Sequence[int], count: int) -> Greedy:
         margin = min(margin, float(first - second))
         tokens.append(int(last.argmax()))
     return Greedy(tokens[len(token_ids) :], margin)
+
+
+def rms(values: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """Root-mean-square difference over all entries of all arrays."""
+    squares = [np.square(one - other, dtype=np.float64) for one, other in zip(values, reference, strict=True)]
+    return float(np.sqrt(np.concatenate([square.ravel() for square in squares]).mean()))
