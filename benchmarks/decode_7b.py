@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PROMPT, STEPS = 448, 128  # contexts of 449 to 576 tokens, 512 on average
 BATCHES = (1, 16)
+_BUFFER = bytearray(64 << 20)
 
 
 def make(folder: Path, layers: int) -> None:
@@ -66,79 +69,66 @@ def ours(folder: Path) -> dict[str, Any]:
     """Measure jaxinfer."""
     import jax
     import machine
-    import numpy as np
 
     import jaxinfer
+    from jaxinfer.bench import bench, measure_limits
 
-    found: dict[str, Any] = {"machine": machine.describe(), "limits": machine.limits()}
+    found: dict[str, Any] = {"machine": machine.describe()}
+    limits = measure_limits()
+    found["limits"] = dataclasses.asdict(limits)
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    loads = []
+    found["read_gb_s"] = nbytes / _read(folder) / 1e9
+    # transformers reads the configuration, and imports torch for it where torch is installed: seconds, and not loading.
+    found["start_s"] = _seconds(lambda: jaxinfer.plan(folder, max_model_len=1024))
+    found["load_gb_s"] = []
     for batch in BATCHES:
         start = time.perf_counter()
-        engine = jaxinfer.init_inference(folder, max_batch=batch, max_model_len=1024)
-        jax.block_until_ready(engine.executor.parameters)
-        loads.append(time.perf_counter() - start)
-        rng = np.random.default_rng(0)
-        prompts = [rng.integers(3, 32000, PROMPT).tolist() for _ in range(batch)]
-
-        def run(tokens: int, engine: Any = engine, prompts: Any = prompts) -> float:
-            params = jaxinfer.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-            begin = time.perf_counter()
-            engine.generate(prompts, params)
-            return time.perf_counter() - begin
-
-        began = time.perf_counter()
-        run(STEPS + 1)
-        warm = time.perf_counter() - began
-        long, short = [run(STEPS + 1) for _ in range(5)], [run(1) for _ in range(5)]
-        step = (statistics.median(long) - statistics.median(short)) / STEPS
-        device = _device_step(engine)
-        bound = engine.plan.step_bytes_per_device + batch * 512 * engine.plan.block_bytes_per_device / 64
-        found[f"batch_{batch}"] = {
-            "step_ms": 1e3 * step,
-            "device_step_ms": 1e3 * device,
-            "host_share": max(0.0, 1 - device / step),
-            "limit_ms": 1e3 * bound / (found["limits"]["copy_tb_s"] * 1e12),
-            "prefill_ms": 1e3 * statistics.median(short),
-            "first_call_s": warm,
-            "long_s": long,
-            "short_s": short,
-        }
-        engine.close()
-        del engine, run
-    found["load_s"] = loads
-    found["load_gb_s"] = [nbytes / seconds / 1e9 for seconds in loads]
+        with jaxinfer.init_inference(folder, max_batch=batch, max_model_len=1024) as engine:
+            jax.block_until_ready(engine.executor.parameters)
+            found["load_gb_s"].append(nbytes / (time.perf_counter() - start) / 1e9)
+            result = bench(
+                engine, batches=(batch,), prompt_tokens=PROMPT, decode_tokens=STEPS, limits=limits, repeats=5
+            )
+        found[f"batch_{batch}"] = {**dataclasses.asdict(result.decode[0])}
+        found[f"prefill_{batch}"] = {**dataclasses.asdict(result.prefill[0])}
     return found
 
 
-def _device_step(engine: Any) -> float:
-    """Seconds of a decode step with nothing for the host to do: chunks handed out one after the other."""
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _read(folder: Path) -> float:
+    """Seconds to read all files once, one thread, into the page cache if they are not there."""
+    start = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(_BUFFER):
+                pass
+    return time.perf_counter() - start
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Measure loading alone: the first and two more in one process, after one plain read of the files."""
     import jax
-    import numpy as np
+    import machine
 
-    from jaxinfer.executor import DecodeInputs
-    from jaxinfer.generation.sampling import SamplerFeatures, pack
+    import jaxinfer
 
-    executor, plan = engine.executor, engine.plan
-    size = executor.batch
-    tables = 1 + np.arange(size * 9, dtype=np.int32).reshape(size, 9)
-    inputs = DecodeInputs(
-        positions=np.full(size, 512 - plan.decode_chunk // 2, np.int32),
-        steps=np.full(size, plan.decode_chunk, np.int32),
-        step=np.zeros(size, np.int32),
-        tables=np.pad(tables, ((0, 0), (0, 1))),
-        rows=pack([None] * size),
-    )
-    features = SamplerFeatures()
-    jax.block_until_ready(executor.decode(inputs, features).tokens)
-    times = []
-    for _ in range(5):
+    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    found: dict[str, Any] = {"machine": machine.describe(), "bytes": nbytes, "read_gb_s": []}
+    for _ in range(2):
+        found["read_gb_s"].append(nbytes / _read(folder) / 1e9)
+    found["start_s"] = _seconds(lambda: jaxinfer.plan(folder, max_model_len=1024))
+    found["load_gb_s"] = []
+    for _ in range(3):
         start = time.perf_counter()
-        for _ in range(8):
-            drawn = executor.decode(inputs, features)
-        jax.block_until_ready(drawn.tokens)
-        times.append((time.perf_counter() - start) / (8 * plan.decode_chunk))
-    return statistics.median(times)
+        with jaxinfer.init_inference(folder, max_batch=1, max_model_len=1024) as engine:
+            jax.block_until_ready(engine.executor.parameters)
+            found["load_gb_s"].append(nbytes / (time.perf_counter() - start) / 1e9)
+    return found
 
 
 def peer(folder: Path) -> dict[str, Any]:
@@ -187,16 +177,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/llama-7b-random"))
     parser.add_argument("--out", type=Path, default=Path("decode_7b.json"))
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--part", choices=("make", "ours", "peer"))
+    parser.add_argument("--part", choices=("make", "load", "ours", "peer"))
     args = parser.parse_args()
     if args.part == "make":
         args.folder.mkdir(parents=True, exist_ok=True)
         return make(args.folder, args.layers)
     if args.part:
-        found = {"ours": ours, "peer": peer}[args.part](args.folder)
+        found = {"load": load, "ours": ours, "peer": peer}[args.part](args.folder)
         return print(json.dumps(found))
     results: dict[str, Any] = {"command": " ".join(sys.argv), "prompt": PROMPT, "steps": STEPS, "layers": args.layers}
-    for part in ("make", "ours", "peer"):
+    for part in ("make", "load", "ours", "peer"):
         command = [sys.executable, __file__, "--part", part, "--folder", str(args.folder), "--layers", str(args.layers)]
         start = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -211,10 +201,10 @@ def main() -> None:
         for batch in BATCHES:
             mine, theirs = results["ours"][f"batch_{batch}"], results["peer"][f"batch_{batch}"]
             print(
-                f"batch {batch}: jaxinfer {mine['step_ms']:.2f} ms (device {mine['device_step_ms']:.2f}, limit "
-                f"{mine['limit_ms']:.2f}), transformers {theirs['step_ms']:.2f} ms"
+                f"batch {batch}: jaxinfer {mine['ms']:.2f} ms (device {mine['device_ms']:.2f}, host "
+                f"{mine['host_share']:.1%}, limit {mine['bound_ms']:.2f}), transformers {theirs['step_ms']:.2f} ms"
             )
-        print(f"load: {results['ours']['load_gb_s']} GB/s")
+        print(f"load: {results['load']['load_gb_s']} GB/s; plain read {results['load']['read_gb_s']} GB/s")
 
 
 if __name__ == "__main__":
