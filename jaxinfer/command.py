@@ -228,7 +228,8 @@ def explain(error: BaseException) -> str:
         text = f"{text[:LONGEST_ERROR]}…"
     if isinstance(error, JaxinferError | ValueError | OSError):
         return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+    named = type(error).__name__
+    return f"{named if text == named else f'{named}: {text}'} (--debug shows where, `jaxinfer doctor` perhaps why)"
 
 
 def complain(text: str, kind: str = "error") -> None:

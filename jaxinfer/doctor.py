@@ -125,8 +125,8 @@ def diagnose(*, measure: bool = True) -> Diagnosis:
     devices: list[jax.Device] = []
     try:
         devices = list(jax.local_devices())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # where a plugin is missing, JAX fails an assertion of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].removesuffix(":")
         findings.append(
             Finding(
                 topic="devices", what="JAX", value=reason, verdict="problem",
@@ -244,9 +244,7 @@ def _hub() -> Iterator[Finding]:
     models = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
     yield Finding(topic="models", what="hub cache", value=f"{cache}, {models} models")
     offline = "offline: only what is cached (HF_HUB_OFFLINE is set)"
-    yield Finding(
-        topic="models", what="hub", value=offline if constants.HF_HUB_OFFLINE else "asked for what is not cached"
-    )
+    yield Finding(topic="models", what="hub", value=offline if constants.HF_HUB_OFFLINE else "online; not asked now")
     try:
         folder = resolve("demo")
         bundled = (folder / "model.safetensors").is_file()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import html
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -137,6 +140,7 @@ class InferenceEngine:
         self._seed, self._requests = seed, 0
         self._lock = threading.RLock()
         self._runner: Runner | None = Runner(Executor(plan, mesh, leaves, self._compiling))
+        _open_engines.add(self)
 
     @property
     def spec(self) -> ModelSpec:
@@ -297,8 +301,12 @@ class InferenceEngine:
         return found[0] if single else found
 
     def close(self) -> None:
-        """Free the parameters and the KV cache; the engine cannot be used afterwards."""
+        """Wait for what is running, and free the parameters and the KV cache; the engine cannot be used afterwards."""
         with self._lock:
+            if self._runner is not None:
+                # What a step failed of has been said where its results were asked for.
+                with contextlib.suppress(RuntimeError):
+                    jax.block_until_ready(self._runner.executor.caches)
             self._runner = None
 
     def __enter__(self) -> InferenceEngine:
@@ -451,6 +459,16 @@ class InferenceEngine:
         if self._runner is None:
             raise JaxinferError("this engine is closed")
         return self._runner
+
+
+# A process that ends while the CPU works on a step is aborted ("terminate called without an active exception").
+_open_engines: weakref.WeakSet[InferenceEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_open_engines):
+        engine.close()
 
 
 def _shown(value: bool | None) -> bool:

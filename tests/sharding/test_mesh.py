@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
-from sharding.mesh import AXES, MeshError, TensorLimits, describe, make_mesh
+from sharding.mesh import AXES, MeshError, TensorLimits, describe, make_mesh, mesh_sizes
 
 LLAMA = TensorLimits(heads=32, kv_heads=8, intermediate=11008)
 ODD = TensorLimits(heads=12, kv_heads=2, intermediate=48)
@@ -176,3 +176,25 @@ def test_a_jax_mesh_is_checked_as_sizes_are():
 )
 def test_describe(mesh, text):
     assert describe(make_mesh(mesh, LLAMA)) == text
+
+
+def test_sizes_of_a_mesh_whose_devices_are_not_here():
+    assert mesh_sizes({"tensor": 8, "data": 128}, LLAMA) == {"data": 128, "pipe": 1, "expert": 1, "tensor": 8}
+    assert mesh_sizes({}, LLAMA) == {"data": 1, "pipe": 1, "expert": 1, "tensor": 1}
+    assert mesh_sizes({"data": 2}, LLAMA, device_count=4)["data"] == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "count", "problem"),
+    [
+        ({"tensor": 5}, None, "32 heads cannot be divided by tensor=5"),
+        ({"pipe": 2}, None, "pipe=2 is not supported yet"),
+        ({"tensors": 2}, None, "unknown axis 'tensors'"),
+        ({"tensor": 0}, None, "expected a positive int, got 0"),
+        ({"tensor": True}, None, "expected a positive int, got True"),
+        ({"data": 8}, 4, "it needs 8 devices, and there are 4"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(mesh, count, problem):
+    with pytest.raises(MeshError, match=problem):
+        mesh_sizes(mesh, LLAMA, count)
