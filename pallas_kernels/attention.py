@@ -134,7 +134,7 @@ def attention(
     if window is not None:
         visible &= distance < window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    # A weight of zero times a value that is not finite would be NaN, and what lies past a sequence's end is not its own.
+    # Zero times a value that is not finite is NaN, and what lies past a sequence's end is not its own.
     own = positions <= jnp.max(query_positions, axis=1, keepdims=True)
     value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
     if implementation == "dot":
