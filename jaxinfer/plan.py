@@ -32,7 +32,7 @@ BOUND_CONTEXT = 512
 """Tokens of the sequences whose bounds a plan shows."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """How a model is laid out over a mesh.
 
@@ -253,6 +253,9 @@ class Plan:
         rows = [("", "each device", "in all"), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         body = "".join(

@@ -25,10 +25,11 @@ jaxinfer.plan("demo", mesh={"tensor": 2}, device="H200")
 
 # %% [markdown]
 # ## Load
-# The engine compiles each step when it is first needed; later calls of the same shape start at once.
+# The engine compiles each step when it is first needed; later calls of the same shape start at once. Progress bars are
+# off here because this notebook is kept as it ran; leave `progress` out to see them.
 
 # %%
-engine = jaxinfer.init_inference("demo")
+engine = jaxinfer.init_inference("demo", progress=False)
 engine
 
 # %% [markdown]
@@ -52,7 +53,7 @@ params = SamplingParams(temperature=1.0, max_tokens=24, seed=7)
 alone = engine.generate(prompts[1], params).outputs[0].token_ids
 crowd = engine.generate(prompts, params)[1].outputs[0].token_ids
 assert alone == crowd
-alone
+print(alone)
 
 # %% [markdown]
 # A prompt that cannot be served says why, and its neighbours are unharmed:

@@ -25,10 +25,10 @@ jax.devices()
 prompts = ["The captain of the ship", "My dear sister,", "In the beginning", "He opened the door and"]
 params = SamplingParams(temperature=0, max_tokens=24)
 
-with jaxinfer.init_inference("demo", mesh={"tensor": 1}, dtype="float32") as engine:
+with jaxinfer.init_inference("demo", mesh={"tensor": 1}, dtype="float32", progress=False) as engine:
     single = [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
 
-engine = jaxinfer.init_inference("demo", mesh={"data": 2, "tensor": 4}, dtype="float32")
+engine = jaxinfer.init_inference("demo", mesh={"data": 2, "tensor": 4}, dtype="float32", progress=False)
 outputs = engine.generate(prompts, params)
 assert [output.outputs[0].token_ids for output in outputs] == single
 outputs

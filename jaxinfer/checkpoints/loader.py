@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
-from tqdm.auto import tqdm
 
+from jaxinfer import progress as bars
 from jaxinfer.checkpoints.folder import Checkpoint
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.sources import Piece, Sources
@@ -94,7 +94,7 @@ def load(
     shards.sort(key=lambda shard: -math.prod(shard.shape))  # no large one is left to a single thread at the end
     total = sum(_nbytes(shard.shape, shard.staged) for shard in shards)
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)), max(1, len(shards)))
-    bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress)
+    bar = bars.bar(progress, total=total, desc="loading", unit="B", unit_scale=True, unit_divisor=1024)
     with bar, ThreadPoolExecutor(threads, "jaxinfer-load") as pool:
         loader = _Loader(checkpoint, bar)
         futures = [pool.submit(loader.shard, shard) for shard in shards]
@@ -118,7 +118,7 @@ def load(
 class _Loader:
     """Fills shards; the methods run in worker threads."""
 
-    def __init__(self, checkpoint: Checkpoint, bar: tqdm) -> None:
+    def __init__(self, checkpoint: Checkpoint, bar: bars.tqdm) -> None:
         self.checkpoint = checkpoint
         self.bar = bar
         self.stopped = threading.Event()
