@@ -118,7 +118,7 @@ def load(
 class _Loader:
     """Fills shards; the methods run in worker threads."""
 
-    def __init__(self, checkpoint: Checkpoint, bar: bars.tqdm) -> None:
+    def __init__(self, checkpoint: Checkpoint, bar: Any) -> None:
         self.checkpoint = checkpoint
         self.bar = bar
         self.stopped = threading.Event()
