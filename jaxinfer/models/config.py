@@ -206,6 +206,7 @@ def read_config(folder: Path) -> Any:
         )
         raise ConfigError(f"{path}: quantization_config (quant_method {method!r}) is not implemented")
     _finite(raw, str(path))
+    _few_layers(raw, str(path))
     from transformers import AutoConfig
 
     try:
@@ -222,3 +223,19 @@ def _finite(value: Any, where: str) -> None:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         _finite(item, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
+
+
+# Several times the layers of any model there is. transformers and we make lists with an entry a layer.
+MOST_LAYERS = 4096
+
+
+def _few_layers(raw: dict[str, Any], where: str) -> None:
+    """Refuse a number of layers whose lists alone would fill the memory."""
+    counts = [(name, raw.get(name)) for name in ("num_hidden_layers", "n_layer", "num_layers")]
+    groups = raw.get("attention_types")  # GPT-Neo: a list of [[kind, ...], repetitions]
+    for group in groups if isinstance(groups, list) else ():
+        if isinstance(group, list) and len(group) > 1:
+            counts.append(("attention_types", group[1]))
+    for name, count in counts:
+        if isinstance(count, int) and count > MOST_LAYERS:
+            raise ConfigError(f"{where}: {name} must be at most {MOST_LAYERS}, got {count}")

@@ -31,6 +31,8 @@ ROPE_KEYS: dict[str, frozenset[str]] = {
         {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
     ),
 }  # fmt: skip
+# Far above any model: a wrong size is an error before an array of that size is made.
+MOST_ENTRIES = 1 << 16
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
@@ -81,8 +83,8 @@ def rotary(
         raise ConfigError(f"rope_parameters.partial_rotary_factor: {fraction:g} is not implemented for this family")
     dim = int(head_dim * fraction)
     base = number("rope_theta", 10000.0)
-    if dim < 2 or dim % 2:
-        raise ConfigError(f"rope_parameters: the rotated part of a head must be even and at least 2, got {dim}")
+    if not 2 <= dim <= MOST_ENTRIES or dim % 2:
+        raise ConfigError(f"rope_parameters: the rotated part of a head must be even, 2 to {MOST_ENTRIES}, got {dim}")
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     wavelengths = (np.float32(base) ** exponents).astype(np.float32)
     inv_freq = np.float32(1.0) / wavelengths
@@ -197,7 +199,13 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """The slopes of ALiBi for a number of heads (arXiv 2108.12409, section 3), as BLOOM and Falcon extend them."""
+    """The slopes of ALiBi for a number of heads (arXiv 2108.12409, section 3), as BLOOM and Falcon extend them.
+
+    Raises:
+        ConfigError: more heads than any model has.
+    """
+    if heads > MOST_ENTRIES:
+        raise ConfigError(f"ALiBi: expected at most {MOST_ENTRIES} heads, got {heads}")
     power = 2 ** math.floor(math.log2(heads))
     base = 2.0 ** -(2.0 ** -(math.log2(power) - 3))
     slopes = [base ** (i + 1) for i in range(power)]

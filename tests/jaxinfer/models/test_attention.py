@@ -1,0 +1,125 @@
+"""The attention half against loops over heads in numpy, bare and split over heads."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.models.attention import Attention, Batch
+from jaxinfer.models.positions import alibi_slopes, rotary
+from jaxinfer.models.spec import Alibi, LayerSpec, Layout, Norm
+from tests.modules import Built, normal, small_spec
+
+X = normal(2, 7, 16)
+PLACES = jnp.tile(jnp.arange(7), (2, 1))
+BATCH = Batch(tokens=jnp.zeros((2, 7), jnp.int32), positions=PLACES)
+TURN = rotary({"partial_rotary_factor": 0.5}, 8, 64, partial=True)
+
+VARIANTS = {
+    "plain": {},
+    "biased": {"qkv_bias": True, "out_bias": True},
+    "grouped": {"kv_heads": 2},
+    "window": {"layers": (LayerSpec(scale=0.3, window=3),)},
+    "softcap": {"softcap": 0.5},
+    "rotary": {"layers": (LayerSpec(scale=0.3, rotary=TURN),), "kv_heads": 2},
+    "alibi": {"alibi": Alibi(slopes=alibi_slopes(4))},
+    "alibi-scaled": {"alibi": Alibi(slopes=alibi_slopes(4), scaled=True), "kv_heads": 2},
+    "normed": {"qk_norm": Norm(kind="rms", eps=1e-3), "layers": (LayerSpec(scale=0.3, rotary=TURN),)},
+}  # fmt: skip
+each = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+
+
+def build(changes):
+    spec = small_spec(**changes)
+    layout = Layout.of(spec)
+    return spec, Built(lambda: Attention(spec, spec.layers[0], layout, jnp.float32))
+
+
+def turned(x, places):
+    """Rotate the first half of each head by complex numbers; [T, D]."""
+    count = len(TURN.inv_freq)
+    phase = np.exp(1j * places[:, None] * np.asarray(TURN.inv_freq))
+    pairs = (x[:, :count] + 1j * x[:, count : 2 * count]) * phase
+    return np.concatenate([pairs.real, pairs.imag, x[:, 2 * count :]], axis=1)
+
+
+def slowly(spec, w, x):
+    """[T, H] to [T, H], one head and one query at a time."""
+    layer, per_group = spec.layers[0], spec.heads // spec.kv_heads
+    places = np.arange(len(x))
+    y = np.zeros_like(x)
+
+    def project(group, row, norm):
+        head = x @ w["qkv"][group, row].T + (w["qkv_bias"][group, row] if spec.qkv_bias else 0)
+        if norm and spec.qk_norm:
+            head = head / np.sqrt((head * head).mean(-1, keepdims=True) + spec.qk_norm.eps) * w[f"{norm}.scale"]
+        return turned(head, places) if norm and layer.rotary else head
+
+    for head in range(spec.heads):
+        group, row = divmod(head, per_group)
+        query, key = project(group, row, "query_norm"), project(group, per_group, "key_norm")
+        value = project(group, per_group + 1, None)
+        for t in places:
+            first = 0 if layer.window is None else max(0, t - layer.window + 1)
+            keys = np.arange(first, t + 1)
+            bias = spec.alibi.slopes[head] * keys if spec.alibi else 0 * keys
+            scores = (key[keys] @ query[t] + (bias if spec.alibi and spec.alibi.scaled else 0)) * layer.scale
+            if spec.softcap:
+                scores = spec.softcap * np.tanh(scores / spec.softcap)
+            scores = scores + (bias if spec.alibi and not spec.alibi.scaled else 0)
+            weights = np.exp(scores - scores.max())
+            y[t] += w["out"][:, group, row] @ (weights / weights.sum() @ value[keys])
+    return y + (w["out_bias"] if spec.out_bias else 0)
+
+
+@each
+def test_it_is_what_loops_over_heads_give(changes):
+    spec, built = build(changes)
+    weights = {name: value.astype(np.float64) for name, value in built.weights.items()}
+    wanted = [slowly(spec, weights, np.asarray(x, np.float64)) for x in X]
+    np.testing.assert_allclose(built(lambda module: module(X, BATCH, None)[0]), wanted, atol=2e-5)
+
+
+@each
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_split_over_heads_it_is_the_same(changes, tensor):
+    spec, built = build(changes)
+    if spec.kv_heads % tensor:
+        spec, built = build(changes | {"kv_heads": 4})
+    one = built(lambda module: module(X, BATCH, None)[0])
+    np.testing.assert_allclose(built.split(lambda module: module(X, BATCH, None)[0], tensor), one, atol=1e-5)
+
+
+@each
+def test_through_the_cache_it_is_the_same(changes):
+    """Tokens in two pieces, the second one token at a time, in blocks that are out of order."""
+    spec, built = build(changes)
+    empty = jnp.zeros((5, spec.kv_heads, 64, spec.head_dim))
+    tables = jnp.asarray([[3], [1]])
+
+    def stepwise(module):
+        cache, out = (empty, empty), []
+        for start, stop in ((0, 4), (4, 5), (5, 6), (6, 7)):
+            batch = Batch(BATCH.tokens[:, start:stop], PLACES[:, start:stop], tables)
+            y, cache = module(X[:, start:stop], batch, cache)
+            out.append(y)
+        return jnp.concatenate(out, axis=1)
+
+    whole = built(lambda module: module(X, BATCH, None)[0])
+    np.testing.assert_allclose(built(stepwise), whole, atol=1e-5)
+
+
+def test_padding_changes_nothing():
+    _, built = build({})
+    padded = Batch(jnp.zeros((2, 9), jnp.int32), jnp.pad(PLACES, ((0, 0), (0, 2)), constant_values=-1))
+    x = jnp.concatenate([X, jnp.full((2, 2, 16), 1e3)], axis=1)
+    whole = built(lambda module: module(X, BATCH, None)[0])
+    np.testing.assert_allclose(built(lambda module: module(x, padded, None)[0])[:, :7], whole, atol=1e-5)
+
+
+def test_without_a_cache_none_comes_back():
+    _, built = build({})
+    seen = []
+    built(lambda module: seen.append(module(X, BATCH, None)[1]))
+    assert seen == [None]
