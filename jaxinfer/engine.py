@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import html
 import threading
 import weakref
@@ -20,7 +19,7 @@ from jaxinfer.checkpoints import Target, load
 from jaxinfer.errors import CapacityError, ConfigError, JaxinferError, RequestError
 from jaxinfer.executor import Executor, PromptWish
 from jaxinfer.generation.chat import Message, chat_ids
-from jaxinfer.generation.live import LiveRequest, Prompt, encode, is_prompt, output_limit
+from jaxinfer.generation.live import LiveRequest, Prompt, as_prompts, encode, is_prompt, output_limit
 from jaxinfer.generation.params import GenerationDefaults, SamplingParams, derive_seed
 from jaxinfer.generation.requests import RequestOutput, RequestOutputs, ScoreOutput
 from jaxinfer.generation.runner import Runner, Running
@@ -199,13 +198,14 @@ class InferenceEngine:
                 finish reason ``error`` instead, and the others are served.
             ValueError: ``sampling_params`` are wrong, or not as many as prompts.
         """
-        single = is_prompt(prompts)
-        items: list[Any] = [prompts] if single else list(prompts)
+        single, items = as_prompts(prompts)
         params = self._params(sampling_params, len(items))
         live = [self._request(item, p) for item, p in zip(items, params, strict=True)]
         if single and live[0].error is not None:
             raise RequestError(live[0].error)
         self._run(live, _shown(progress) if progress is not None else self.progress, "generating")
+        if single and live[0].error is not None:
+            raise RequestError(live[0].error)
         outputs = RequestOutputs(request.output() for request in live)
         return outputs[0] if single else outputs
 
@@ -304,9 +304,7 @@ class InferenceEngine:
         """Wait for what is running, and free the parameters and the KV cache; the engine cannot be used afterwards."""
         with self._lock:
             if self._runner is not None:
-                # What a step failed of has been said where its results were asked for.
-                with contextlib.suppress(RuntimeError):
-                    jax.block_until_ready(self._runner.executor.caches)
+                self._runner.executor.free()
             self._runner = None
 
     def __enter__(self) -> InferenceEngine:
@@ -382,8 +380,8 @@ class InferenceEngine:
         self, texts: Prompt | Sequence[Prompt], wish: PromptWish, progress: bool | None, what: str, strict: bool = True
     ) -> list[LiveRequest]:
         """Prefill texts for what their prompts report."""
-        items: list[Any] = [texts] if is_prompt(texts) else list(texts)
-        live = [self._request(item, SamplingParams(temperature=0.0, max_tokens=None), wish) for item in items]
+        neutral = SamplingParams(temperature=0.0, repetition_penalty=1.0, max_tokens=None)
+        live = [self._request(item, neutral, wish) for item in as_prompts(texts)[1]]
         self._check_all(live)
         self._run(live, _shown(progress) if progress is not None else self.progress, what)
         if strict:
@@ -408,7 +406,7 @@ class InferenceEngine:
                 done = 0
                 while not all(running.ended for running in sequences):
                     with self._lock:
-                        runner.turn()
+                        self._open().turn()
                     ended = sum(request.ended for request in live)
                     bar.update(ended - done)
                     done = ended
@@ -443,7 +441,7 @@ class InferenceEngine:
                     break
                 else:
                     with self._lock:
-                        runner.turn()
+                        self._open().turn()
             self._check_all([request])
         finally:
             with self._lock:

@@ -218,7 +218,16 @@ class Executor:
 
     def compiled(self) -> dict[str, Any]:
         """The compiled steps by description, for their HLO and memory analysis."""
-        return {str(key): value for key, value in self._compiled.items() if hasattr(value, "memory_analysis")}
+        return {str(key): value for key, value in self._compiled.items()}
+
+    def free(self) -> None:
+        """Wait for what is running, and give the memory of parameters and caches back, whoever still refers to them."""
+        # What a step failed of has been said where its results were asked for.
+        with contextlib.suppress(RuntimeError):
+            jax.block_until_ready(self.caches)
+        for leaf in jax.tree.leaves((self._leaves, self.caches, self.last, self._penalties)):
+            leaf.delete()
+        self._compiled.clear()
 
     # The bodies below run under shard_map: every array is this device's block.
 

@@ -59,7 +59,10 @@ def of(device: jax.Device) -> Hardware:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Hardware(kind="cpu", memory=total // max(jax.local_device_count(), 1), bandwidth=None, matmul=None)
     name = device.device_kind
-    known = next((hardware for kind, hardware in KNOWN.items() if kind.split("-")[0].lower() in name.lower()), None)
+    # All words: A100-SXM4-40GB is A100-40GB, and not the one of 80 GB.
+    known = next(
+        (entry for kind, entry in KNOWN.items() if all(w in name.lower() for w in kind.lower().split("-"))), None
+    )
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit") or (known.memory if known else None)
     if known is None:

@@ -83,7 +83,10 @@ class Pretrained:
         """
         values = _read_json(self.folder / "generation_config.json")
         eos = values.get("eos_token_id", getattr(self.config, "eos_token_id", None))
-        return GenerationDefaults.read(values), tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            raise ConfigError(f"{self.folder}: eos_token_id: expected a token id or a list of them, got {eos!r}")
+        return GenerationDefaults.read(values), tuple(ids)
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, or None where the folder has none.
@@ -91,9 +94,7 @@ class Pretrained:
         Raises:
             ConfigError: its files are malformed.
         """
-        if not any(
-            (self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-        ):
+        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
             return None
         from transformers import AutoTokenizer
 

@@ -20,7 +20,22 @@ def is_prompt(value: Any) -> bool:
     """Whether this is one prompt: a string, or a sequence of integers (an empty one is an empty list of prompts)."""
     if isinstance(value, str):
         return True
-    return isinstance(value, Sequence | np.ndarray) and len(value) > 0 and isinstance(value[0], int | np.integer)
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, bytes | bytearray | memoryview):
+        return False
+    return len(value) > 0 and isinstance(value[0], int | np.integer)
+
+
+def as_prompts(value: Any) -> tuple[bool, list[Any]]:
+    """Whether a caller gave one prompt rather than a list, and the prompts as a list.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if is_prompt(value):
+        return True, [value]
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, bytes | bytearray | memoryview):
+        raise RequestError(f"prompts: expected a string, token ids, or a list of either, got {type(value).__name__}")
+    return False, list(value)
 
 
 def encode(prompt: Any, tokenizer: Any, *, vocab_size: int, longest: int) -> list[int]:

@@ -6,6 +6,7 @@ does. A sequence that turns out to have ended may thus be advanced for one more 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -263,7 +264,9 @@ class Runner:
                 if not row.last:
                     continue
                 if not sequence.max_tokens:
-                    failed = drawn.tokens[index] == ERROR_TOKEN
+                    failed = drawn.tokens[index] == ERROR_TOKEN or not all(
+                        math.isfinite(logprob) for logprob, *_ in sequence.prompt_logprobs
+                    )
                     self._end(sequence, "error" if failed else "length", error=NOT_FINITE if failed else None)
                     continue
                 picked = jax.tree.map(lambda values: values[index : index + 1], drawn)  # noqa: B023
