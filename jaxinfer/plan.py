@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import Layout, ModelSpec
 from jaxinfer.pretrained import DTYPES, Pretrained
 from pallas_kernels import BLOCK_SIZE
-from sharding import ShardingRules, make_mesh, mesh_sizes
+from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
 # Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
 USABLE = 0.92
@@ -306,7 +307,9 @@ def make_plan(
     Raises:
         ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length.
         CapacityError: the memory does not hold the weights and a useful cache.
+        sharding.MeshError: rules that the steps do not follow.
     """
+    _check_rules(rules or ShardingRules(), mesh)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     numbers = {
@@ -333,7 +336,15 @@ def make_plan(
         )  # fmt: skip
 
     if kv_blocks is not None:
-        return build(kv_blocks + 1)
+        plan = build(kv_blocks + 1)
+        # Without the workspace, which is an estimate: what is refused here could never be allocated.
+        needed = plan.weight_bytes_per_device + plan.cache_bytes_per_device
+        if must_fit and hardware.memory is not None and needed > hardware.memory:
+            raise CapacityError(
+                f"{size(plan.weight_bytes_per_device)} of weights and kv_blocks={kv_blocks}, which are "
+                f"{size(plan.cache_bytes_per_device)}, are more than the {size(hardware.memory)} of one {hardware.kind}"
+            )
+        return plan
     wanted = slots * blocks_for(longest) + 1
     plan = build(wanted)
     room = CPU_CACHE_BYTES if hardware.kind == "cpu" else None
@@ -352,6 +363,16 @@ def make_plan(
             "use more devices on the tensor axis"
         )
     return build(blocks)
+
+
+def _check_rules(rules: ShardingRules, mesh: Mapping[str, int]) -> None:
+    """Refuse rules under which the collectives of a step, which are written out, would add up the wrong things."""
+    for field in dataclasses.fields(rules):
+        chosen, usual = getattr(rules, field.name), field.default
+        free = field.name == "heads" or (field.name == "vocab" and chosen is None)  # unused; merely not divided
+        divided = any(mesh.get(axis, 1) > 1 for axis in (chosen, usual) if isinstance(axis, str))
+        if chosen != usual and divided and not free:
+            raise MeshError(f"rule {field.name}={chosen!r}: steps are written for {usual!r} on a mesh of {dict(mesh)}")
 
 
 def plan(
