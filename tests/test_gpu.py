@@ -15,7 +15,7 @@ import torch
 import jaxinfer
 from tests.bare import steady
 from tests.cases import CASES
-from tests.oracle import checkpoint, prompts, shared_root, torch_logits, torch_model
+from tests.oracle import checkpoint, prompts, rms, shared_root, torch_logits, torch_model
 
 pytestmark = pytest.mark.gpu
 STEPS = 32
@@ -24,10 +24,6 @@ STEPS = 32
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     return shared_root(tmp_path_factory)
-
-
-def rms(difference):
-    return float(np.sqrt(np.mean(np.concatenate([part.ravel() for part in difference]) ** 2)))
 
 
 @pytest.mark.parametrize("chosen", CASES, ids=lambda chosen: chosen.name)
@@ -42,8 +38,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_torch(chosen, root):
         said = [output.outputs[0].token_ids for output in engine.generate(continued, greedy)]
     exact = [torch_logits(exact_model, prompt) for prompt in asked]
     rough = [torch_logits(rough_model, prompt) for prompt in asked]
-    error = rms([a - b for a, b in zip(ours, exact, strict=True)])
-    allowed = rms([a - b for a, b in zip(rough, exact, strict=True)])
+    error, allowed = rms(ours, exact), rms(rough, exact)
     assert error <= 1.3 * allowed, (error, allowed)
     for prompt, tokens in zip(continued, said, strict=True):
         logits = torch_logits(exact_model, prompt + tokens[:-1])[len(prompt) - 1 :]
