@@ -138,7 +138,7 @@ def test_a_bad_prompt_alone_raises(engine, bad, error):
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("bad", [{"a": 1}, 7, {5, 6}, (x for x in [5])], ids=repr)
+@pytest.mark.parametrize("bad", [{"a": 1}, 7, {5, 6}, iter([5])], ids=lambda bad: type(bad).__name__)
 def test_what_is_no_list_of_prompts_is_refused(engine, bad):
     for call in (engine.generate, engine.score, engine.logits):
         with pytest.raises(RequestError, match="prompts: expected a string, token ids, or a list of either, got"):
