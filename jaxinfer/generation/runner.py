@@ -22,7 +22,7 @@ from jaxinfer.generation.kv_cache import NULL_BLOCK
 from jaxinfer.generation.params import MAX_LOGPROBS, ResolvedParams
 from jaxinfer.generation.requests import FinishReason, Logprob, logprob_dict
 from jaxinfer.generation.sampling import PAD, SamplerFeatures, SamplingRows, features_of, pack
-from jaxinfer.generation.scheduler import DecodeStep, MustDrain, PrefillStep, Scheduler, prefill_shape
+from jaxinfer.generation.scheduler import DecodeStep, MustDrain, PrefillStep, Scheduler, power_of_two, prefill_shape
 from jaxinfer.generation.text import TextStream
 
 NOT_FINITE = "the model's logits were not finite (NaN or infinity), or every token was forbidden"
@@ -154,7 +154,7 @@ class Runner:
         per_shard, length = prefill_shape(
             max(len(rows) for rows in step.rows), max(row.stop - row.start for rows in step.rows for row in rows)
         )
-        blocks = _bucket_power(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
+        blocks = power_of_two(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
         size = per_shard * plan.shards
         tokens, positions = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
         tables = np.full((size, blocks), NULL_BLOCK, np.int32)
@@ -353,16 +353,11 @@ def _collect_prompt(sequence: Running, row: Any, index: int, report: PromptRepor
 def _history(size: int, placed: Sequence[tuple[int, Any]]) -> np.ndarray:
     """Prompt and output tokens of each row, padded, for the penalties."""
     longest = max(max(len(row.sequence.prompt), len(row.sequence.output)) for _, row in placed)
-    history = np.full((size, 2, max(64, _bucket_power(longest))), PAD, np.int32)
+    history = np.full((size, 2, max(64, power_of_two(longest))), PAD, np.int32)
     for index, row in placed:
         history[index, 0, : len(row.sequence.prompt)] = row.sequence.prompt
         history[index, 1, : len(row.sequence.output)] = row.sequence.output
     return history
-
-
-def _bucket_power(count: int) -> int:
-    """The power of two that is at least ``count``."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def _bucket_width(count: int) -> int:

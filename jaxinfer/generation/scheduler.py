@@ -105,10 +105,11 @@ class DecodeStep:
 
 def prefill_shape(rows: int, tokens: int) -> tuple[int, int]:
     """Rows and tokens that a prefill step is padded to: powers of two, and at least 16 tokens, so few are compiled."""
-    return _power_of_two(rows), max(16, _power_of_two(tokens))
+    return power_of_two(rows), max(16, power_of_two(tokens))
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
+    """The power of two that is at least ``count``."""
     return 1 << max(count - 1, 0).bit_length()
 
 
