@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -224,7 +225,12 @@ class Executor:
         """Wait for what is running, and give the memory of parameters and caches back, whoever still refers to them."""
         # What a step failed of has been said where its results were asked for.
         with contextlib.suppress(RuntimeError):
+            running = not self.last.is_ready()
             jax.block_until_ready(self.caches)
+            if running:
+                # XLA's threads let go of a step's inputs a little after its results are there, and need Python for
+                # that; one that comes too late for an ending process aborts it.
+                time.sleep(0.1)
         for leaf in jax.tree.leaves((self._leaves, self.caches, self.last, self._penalties)):
             leaf.delete()
         self._compiled.clear()
@@ -250,9 +256,9 @@ class Executor:
         own: Any = None  # a PenaltyState where penalties are asked for
         if features.penalties:
             assert inputs.history is not None
-            own = empty_penalties(hidden.shape[0], logits.shape[-1])
-            for row in range(hidden.shape[0]):
-                own = fill_penalties(own, jnp.int32(row), inputs.history[row, 0], inputs.history[row, 1])
+            nothing = empty_penalties(1, logits.shape[-1])
+            own = jax.vmap(lambda said: fill_penalties(nothing, jnp.int32(0), said[0], said[1]))(inputs.history)
+            own = jax.tree.map(lambda values: values[:, 0], own)
         sampled, own = sample(logits, inputs.rows, own, inputs.step, features)
         last = last.at[inputs.slots].set(sampled.token, mode="drop")
         if penalties is not None and own is not None:
