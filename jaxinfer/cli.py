@@ -82,7 +82,7 @@ def generate(
     if not output.json and (logprobs is not None or prompt_logprobs is not None):
         raise ValueError("--logprobs and --prompt-logprobs are shown with --json only")
     params = sampling.params(n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    with load.engine(output.progress) as engine:
+    with load.engine(output.progress, wanted=len(texts) * n) as engine:
         if single and stream is not False and engine.tokenizer is not None:
             _stream(engine, engine.stream(texts[0], params), texts[0] if echo else "")
             return
@@ -113,7 +113,7 @@ def chat(
     """
     params = sampling.params(max_tokens=None)
     interactive = sys.stdin.isatty() and not output.json
-    with load.engine(output.progress) as engine:
+    with load.engine(output.progress, wanted=1) as engine:
         engine.chat_ids([{"role": "user", "content": "Hello"}])  # no template: say so before anybody types
         talk = Conversation(engine, params, system)
         if interactive:

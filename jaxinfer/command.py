@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FAILED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 """Exit codes: an error; Ctrl-C (128 + SIGINT); nobody reads the output any more (128 + SIGPIPE)."""
 LONGEST_ERROR = 600
+DEFAULT_SLOTS = 16
+"""Slots of an engine where nobody says; that of ``init_inference``."""
 
 # The base of all that is wrong with a command line; typer has its own copy of click, or not, depending on its version.
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -47,7 +49,9 @@ class LoadOptions:
         Option(help="Axis sizes: data=2,tensor=4. Default: all devices, tensor first.", metavar="SIZES"),
     ] = None
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16. Default: the checkpoint's.")] = None
-    max_batch: Annotated[int | None, Option(help="Sequences that decode together. Default: 16.")] = None
+    max_batch: Annotated[
+        int | None, Option(help="Sequences that decode together. Default: as many as there are, up to 16.")
+    ] = None
     max_model_len: Annotated[
         int | None, Option(help="Most tokens of a sequence. Default: the model's context length.")
     ] = None
@@ -83,12 +87,19 @@ class LoadOptions:
         arguments: dict[str, Any] = self.given() | changes
         return jaxinfer.plan(self.model, self.sizes(), self.dtype, **arguments)
 
-    def engine(self, progress: bool | None, **changes: Any) -> InferenceEngine:
-        """Load the model; ``changes`` are further arguments of ``init_inference``."""
+    def engine(self, progress: bool | None, *, wanted: int | None = None, **changes: Any) -> InferenceEngine:
+        """Load the model; ``changes`` are further arguments of ``init_inference``.
+
+        Args:
+            progress: show bars; None shows them in a terminal.
+            wanted: sequences there will be. A decode step computes every slot, used or not, so without --max-batch
+                there are no more slots than that.
+        """
         enough_threads()
         import jaxinfer
 
-        arguments: dict[str, Any] = self.given() | changes
+        slots = {} if wanted is None else {"max_batch": max(1, min(wanted, DEFAULT_SLOTS))}
+        arguments: dict[str, Any] = slots | self.given() | changes
         return jaxinfer.init_inference(self.model, self.sizes(), self.dtype, progress=progress, **arguments)
 
 

@@ -146,6 +146,12 @@ def test_only_what_was_given_is_passed_on():
     assert LoadOptions(model="demo", max_batch=3, kv_blocks=9).given() == {"max_batch": 3, "kv_blocks": 9}
 
 
+@pytest.mark.parametrize(("options", "slots"), [({}, 2), ({"max_batch": 3}, 3)])
+def test_there_are_no_more_slots_than_sequences_unless_told(options, slots):
+    with LoadOptions(model="demo", mesh="tensor=1", **options).engine(False, wanted=2) as engine:
+        assert engine.plan.slots == slots
+
+
 def test_sampling_options_are_sampling_params():
     options = SamplingOptions(
         temperature=0.5, top_k=3, stop=["a", "b"], stop_token_id=[4], logit_bias=["7=-inf", "8=1.5"], seed=9
