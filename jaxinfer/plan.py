@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from jaxinfer import hardware as machine
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.generation.kv_cache import blocks_for
+from jaxinfer.generation.scheduler import power_of_two
 from jaxinfer.hardware import Hardware
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import Layout, ModelSpec
 from jaxinfer.pretrained import DTYPES, Pretrained
-from pallas_kernels import BLOCK_SIZE
+from pallas_kernels import BLOCK_SIZE, SCORE_BYTES
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
 # Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
@@ -111,13 +112,26 @@ class Plan:
 
     @property
     def workspace_bytes_per_device(self) -> int:
-        """An upper estimate of the temporary arrays of the largest prefill step, in bytes."""
+        """An upper estimate of the temporary arrays of the largest prefill step, in bytes.
+
+        Activations of its tokens; scores, weights and weights in the model's dtype; keys, values and masked values
+        gathered from the blocks of one layer; logits.
+        """
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
         rows, size = self.prefill_tokens, jnp.dtype(self.dtype).itemsize
         width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
-        scores = rows * spec.heads // tensor * min(self.max_model_len, 4 * self.prefill_chunk) * 4 * 2
+        scores = min(4 * rows * spec.heads // tensor * self.prefill_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
+        gathered = 2 * self.prefill_blocks * self.block_bytes_per_device // spec.num_layers
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
-        return rows * width * size * 2 + scores + logits
+        return rows * width * size * 2 + scores + gathered + logits
+
+    @property
+    def prefill_blocks(self) -> int:
+        """Most KV blocks that a prefill step of several sequences reads on one shard, padding included.
+
+        Enough for one sequence of full length, or for as many short ones as ``prefill_tokens`` allow.
+        """
+        return max(power_of_two(blocks_for(self.max_model_len)), self.prefill_tokens // 16)
 
     @property
     def total_bytes_per_device(self) -> int:

@@ -1,6 +1,7 @@
 """GPU kernels and their ``jax.numpy`` references. Usable on their own; imports nothing of the other packages."""
 
 from pallas_kernels.attention import BLOCK_SIZE as BLOCK_SIZE
+from pallas_kernels.attention import SCORE_BYTES as SCORE_BYTES
 from pallas_kernels.attention import Bias as Bias
 from pallas_kernels.attention import attention as attention
 from pallas_kernels.attention import paged_attention as paged_attention

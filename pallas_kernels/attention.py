@@ -22,6 +22,9 @@ from pallas_kernels.einsum import einsum_f32
 BLOCK_SIZE = 64
 """Tokens in a block."""
 
+SCORE_BYTES = 512 << 20
+"""Most bytes of float32 scores that attention holds at once; with more, queries are taken a tile at a time."""
+
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a key that a query may not see: finite, so that a row with no visible key stays finite."""
 
@@ -115,6 +118,49 @@ def attention(
     elif implementation not in ("dot", "reduce"):
         raise ValueError(f"implementation must be 'dot', 'reduce' or None, got {implementation!r}")
     positions = jnp.arange(key.shape[2], dtype=jnp.int32)
+    # Zero times a value that is not finite is NaN, and what lies past a sequence's end is not its own.
+    own = positions <= jnp.max(query_positions, axis=1, keepdims=True)
+    value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
+
+    def attend(some: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend(*some, key, value, positions, scale, softcap, window, bias, implementation)
+
+    batch, tokens, groups, per_key, dim = query.shape
+    tile = query_tile(batch * groups * per_key, tokens, key.shape[2])
+    if tile == tokens:
+        return attend((query, query_positions))
+    tiles = jnp.moveaxis(query.reshape(batch, tokens // tile, tile, groups, per_key, dim), 1, 0)
+    places = jnp.moveaxis(query_positions.reshape(batch, tokens // tile, tile), 1, 0)
+    return jnp.moveaxis(jax.lax.map(attend, (tiles, places)), 0, 1).reshape(query.shape)
+
+
+def query_tile(rows: int, tokens: int, keys: int) -> int:
+    """Query tokens whose scores are held at once: all, or the half, quarter, ... that :data:`SCORE_BYTES` hold.
+
+    Args:
+        rows: sequences times query heads.
+        tokens: query tokens of each.
+        keys: key positions.
+    """
+    tile = tokens
+    while tile % 2 == 0 and 4 * rows * tile * keys > SCORE_BYTES:
+        tile //= 2
+    return tile
+
+
+def _attend(
+    query: jax.Array,
+    query_positions: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    bias: Bias | None,
+    implementation: str,
+) -> jax.Array:
+    """Attend with all scores [B, G, R, T, S] in memory; see :func:`attention`."""
     if implementation == "dot":
         scores = einsum_f32("btgrd,bgsd->bgrts", query, key)
     else:
@@ -134,9 +180,6 @@ def attention(
     if window is not None:
         visible &= distance < window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    # Zero times a value that is not finite is NaN, and what lies past a sequence's end is not its own.
-    own = positions <= jnp.max(query_positions, axis=1, keepdims=True)
-    value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
     if implementation == "dot":
         out = einsum_f32("bgrts,bgsd->btgrd", weights.astype(value.dtype), value)
     else:

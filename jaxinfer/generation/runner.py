@@ -108,6 +108,7 @@ class Runner:
             decode_chunk=plan.decode_chunk,
             prefill_chunk=plan.prefill_chunk,
             prefill_tokens=plan.prefill_tokens,
+            prefill_blocks=plan.prefill_blocks,
         )
         self.counters = Counters()
         self._pending: deque[_Pending] = deque()

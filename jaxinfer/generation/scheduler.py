@@ -130,14 +130,23 @@ class Scheduler:
         decode_chunk: tokens that a decode step advances each sequence by.
         prefill_chunk: most tokens of one sequence in a prefill step.
         prefill_tokens: most tokens of one shard in a prefill step of several rows, counted as they are padded.
+        prefill_blocks: most blocks that such a step reads on one shard, counted likewise.
     """
 
     def __init__(
-        self, *, shards: int, slots: int, num_blocks: int, decode_chunk: int, prefill_chunk: int, prefill_tokens: int
+        self,
+        *,
+        shards: int,
+        slots: int,
+        num_blocks: int,
+        decode_chunk: int,
+        prefill_chunk: int,
+        prefill_tokens: int,
+        prefill_blocks: int,
     ) -> None:
         """Start empty."""
         self.shards, self.slots, self.decode_chunk = shards, slots, decode_chunk
-        self.prefill_chunk, self.prefill_tokens = prefill_chunk, prefill_tokens
+        self.prefill_chunk, self.prefill_tokens, self.prefill_blocks = prefill_chunk, prefill_tokens, prefill_blocks
         self.allocators = [BlockAllocator(num_blocks) for _ in range(shards)]
         self._waiting: list[Sequence] = []
         self._running: list[dict[int, Sequence]] = [{} for _ in range(shards)]
@@ -187,7 +196,7 @@ class Scheduler:
         self._admit()
         rows: list[list[PrefillRow]] = [[] for _ in range(self.shards)]
         full: set[int] = set()
-        most = longest = 0
+        most = longest = widest = 0
         for sequence in self.running():
             shard = sequence.shard
             assert shard is not None
@@ -196,10 +205,12 @@ class Scheduler:
             size = min(sequence.target - sequence.computed, self.prefill_chunk)
             # Every row of every shard is padded to the longest one, so what counts is the padded step.
             count, length = prefill_shape(max(most, len(rows[shard]) + 1), max(longest, size))
-            if most and count * length > self.prefill_tokens:
+            blocks = power_of_two(max(widest, len(sequence.blocks)))
+            if most and (count * length > self.prefill_tokens or count * blocks > self.prefill_blocks):
                 full.add(shard)
                 continue
             most, longest = max(most, len(rows[shard]) + 1), max(longest, size)
+            widest = max(widest, len(sequence.blocks))
             start, stop = sequence.computed, sequence.computed + size
             last = stop == sequence.target
             rows[shard].append(PrefillRow(sequence, start, stop, last))

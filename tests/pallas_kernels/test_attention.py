@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import BLOCK_SIZE, Bias, attention, paged_attention, read_blocks, write_blocks
-from pallas_kernels.attention import MASKED
+from pallas_kernels.attention import MASKED, query_tile
 
 IMPLEMENTATIONS = ("dot", "reduce")
 
@@ -239,3 +240,24 @@ def test_a_donated_write_copies_no_cache():
     cache = 4 * int(np.prod(shape))
     assert memory.alias_size_in_bytes == cache
     assert memory.temp_size_in_bytes < cache // 8
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 4.0}])
+def test_queries_in_tiles_get_what_all_at_once_get(options, monkeypatch):
+    query, key, value = noise(2, 16, 2, 2, 8), noise(2, 2, 40, 8, seed=1), noise(2, 2, 40, 8, seed=2)
+    positions = np.stack([np.arange(16), np.where(np.arange(16) < 9, np.arange(16) + 20, -1)]).astype(np.int32)
+    whole = attention(query, key, value, positions, scale=0.3, **options)
+    # By its place among modules: the package's attribute of that name is the function.
+    monkeypatch.setattr(sys.modules["pallas_kernels.attention"], "SCORE_BYTES", 4 * 2 * 2 * 2 * 4 * 40)
+    assert query_tile(8, 16, 40) == 4
+    tiled = attention(query, key, value, positions, scale=0.3, **options)
+    np.testing.assert_allclose(tiled, whole, rtol=1e-6, atol=1e-6)
+    assert_close(tiled, naive(query, key, value, positions, 0.3, **options), positions)
+
+
+@given(rows=st.integers(1, 512), log=st.integers(0, 11), keys=st.integers(1, 1 << 17))
+def test_tiles_divide_the_queries_and_are_no_smaller_than_they_must(rows, log, keys):
+    tile = query_tile(rows, 1 << log, keys)
+    assert (1 << log) % tile == 0
+    assert tile == 1 or 4 * rows * tile * keys <= 512 << 20
+    assert tile == 1 << log or 4 * rows * 2 * tile * keys > 512 << 20

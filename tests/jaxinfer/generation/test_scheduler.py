@@ -18,6 +18,7 @@ from jaxinfer.generation.scheduler import (
     Scheduler,
     Sequence,
     Status,
+    power_of_two,
     prefill_shape,
 )
 
@@ -102,9 +103,10 @@ class Serving(RuleBasedStateMachine):
         decode_chunk=st.sampled_from([1, 4, 16, 70]),
         prefill_chunk=st.sampled_from([16, 50, 128]),
         prefill_tokens=st.sampled_from([16, 100, 512]),
+        prefill_blocks=st.sampled_from([1, 4, 64]),
         ahead=st.integers(0, 2),
     )
-    def start(self, shards, slots, blocks, decode_chunk, prefill_chunk, prefill_tokens, ahead):
+    def start(self, shards, slots, blocks, decode_chunk, prefill_chunk, prefill_tokens, prefill_blocks, ahead):
         self.scheduler = Scheduler(
             shards=shards,
             slots=slots,
@@ -112,6 +114,7 @@ class Serving(RuleBasedStateMachine):
             decode_chunk=decode_chunk,
             prefill_chunk=prefill_chunk,
             prefill_tokens=prefill_tokens,
+            prefill_blocks=prefill_blocks,
         )
         self.device = Device(self.scheduler, blocks)
         self.ahead, self.decode_chunk = ahead, decode_chunk
@@ -190,7 +193,9 @@ class Serving(RuleBasedStateMachine):
             sizes = [row.stop - row.start for rows in step.rows for row in rows]
             assert 0 < min(sizes) <= max(sizes) <= self.scheduler.prefill_chunk
             count, length = prefill_shape(max(map(len, step.rows)), max(sizes))
+            blocks = power_of_two(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
             assert len(sizes) == 1 or count * length <= self.scheduler.prefill_tokens
+            assert len(sizes) == 1 or count * blocks <= self.scheduler.prefill_blocks
         else:
             assert all(0 < row.steps <= self.decode_chunk for rows in step.rows for row in rows)
 
@@ -254,6 +259,7 @@ def scheduler(**changes: int) -> Scheduler:
         "decode_chunk": 8,
         "prefill_chunk": 64,
         "prefill_tokens": 256,
+        "prefill_blocks": 64,
     }
     return Scheduler(**(sizes | changes))
 
@@ -309,6 +315,16 @@ def test_prefill_shapes_are_few_and_hold_what_they_must(rows, tokens):
     assert rows <= count < 2 * rows
     assert tokens <= length < max(2 * tokens, 17)
     assert count & (count - 1) == length & (length - 1) == 0
+
+
+def test_a_long_prompt_does_not_widen_the_tables_of_short_ones():
+    several = scheduler(num_blocks=40, slots=8, prefill_chunk=1024, prefill_tokens=16384, prefill_blocks=16)
+    long, *short = texts = [text(1000), *(text(10) for _ in range(4))]
+    for each in texts:
+        several.add(each)
+    first, second = several.next_prefill(), several.next_prefill()
+    assert [row.sequence for row in first.rows[0]] == [long]
+    assert [row.sequence for row in second.rows[0]] == short
 
 
 def test_shards_fill_evenly():
