@@ -1,0 +1,333 @@
+"""The Hopper kernel behind :func:`pallas_kernels.skinny_gemm`; see that module for the idea."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.skinny_gemm import Activation, InputNorm, Tuning, _epilogue, padded_rows
+
+ACC = plgpu.Layout.WGMMA
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+
+
+def _tiled(columns: int, dtype: Any, divides: int = 64) -> tuple[Any, ...]:
+    """Transforms of a shared array whose rows have ``columns`` entries: the widest swizzle whose tiles divide them.
+
+    Tiles must also divide the rows of the array in global memory, of ``divides`` entries.
+    """
+    size = jnp.dtype(dtype).itemsize
+    wide = next(width for width in (128, 64, 32, 16) if columns * size % width == 0 and divides * size % width == 0)
+    tiling = plgpu.TilingTransform((8, wide // size))
+    return (tiling,) if wide == 16 else (tiling, plgpu.SwizzleTransform(wide))
+
+
+def run(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    norm: InputNorm | None,
+    bias: jax.Array | None,
+    activation: Activation | None,
+    residual: jax.Array | None,
+    tuning: Tuning,
+    interpret: bool,
+) -> jax.Array:
+    """Run the kernel on operands that :func:`pallas_kernels.skinny_gemm` has checked; ``weight`` is [P, N, K]."""
+    (m, k), (parts, n, _), dtype = x.shape, weight.shape, x.dtype
+    tokens = padded_rows(m, norm)
+    rows, tile_k, stages, splits = tuning.rows, tuning.tile_k, tuning.stages, tuning.splits
+    tiles = -(-k // tile_k)
+    layer = norm is not None and norm.kind == "layer"
+    scale = None if norm is None else norm.scale
+    shift = None if norm is None else norm.bias
+    in_memory = splits > 1 and tuning.reduce == "memory"
+    in_cluster = splits > 1 and not in_memory
+    finish = not in_memory
+    # Tiles have 8 rows: an array of fewer is one tile, of more must be whole tiles.
+    held = m if m < 8 else -(-m // 8) * 8
+    full_rows = ((0, held - m), (0, 0))
+    x = jnp.pad(x, full_rows)
+    if residual is not None and finish:
+        residual = jnp.pad(residual, full_rows)
+
+    names = ["x", "weight"]
+    operands: list[jax.Array] = [x, weight]
+    for name, array in (("scale", scale), ("shift", shift)):
+        if array is not None:
+            names.append(name)
+            operands.append(array)
+    if finish:
+        for name, array in (("bias", None if bias is None else bias.reshape(-1)), ("residual", residual)):
+            if array is not None:
+                names.append(name)
+                operands.append(array)
+
+    scratch: dict[str, Any] = {
+        "weight_smem": plgpu.SMEM((stages, parts, rows, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
+        "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
+        "full": plgpu.Barrier(num_arrivals=2 + (scale is not None) + (shift is not None), num_barriers=stages),
+    }
+    if scale is not None:
+        scratch["scale_smem"] = plgpu.SMEM((stages, tile_k), scale.dtype)
+    if shift is not None:
+        scratch["shift_smem"] = plgpu.SMEM((stages, tile_k), shift.dtype)
+    if norm is not None:
+        for i in range(1 + layer):
+            scratch[f"sum{i}_smem"] = plgpu.SMEM((tokens,), jnp.float32)
+    if in_memory:
+        scratch["out_smem"] = plgpu.SMEM((parts, rows, tokens), jnp.float32, transforms=_tiled(tokens, jnp.float32))
+    else:
+        scratch["out_smem"] = plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(rows, dtype, n))
+        if bias is not None:
+            scratch["bias_smem"] = plgpu.SMEM((parts, rows), bias.dtype)
+        if residual is not None:
+            tiled = _tiled(rows, residual.dtype, n)
+            scratch["residual_smem"] = plgpu.SMEM((tokens, rows), residual.dtype, transforms=tiled)
+        extras = (0 if bias is None else parts) + (residual is not None)
+        if extras:
+            scratch["extra"] = plgpu.Barrier(num_arrivals=extras)
+    if in_cluster:
+        tiled = _tiled(tokens, jnp.float32)
+        # One array each: a slice of a remote array cannot be read.
+        for part in range(parts):
+            scratch[f"part{part}_smem"] = plgpu.SMEM((rows, tokens), jnp.float32, transforms=tiled)
+        scratch["cluster"] = plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=2)
+
+    outs: dict[str, Any] = {}
+    if in_memory:
+        outs["out"] = jax.ShapeDtypeStruct((splits, parts, n, tokens), jnp.float32)
+        if norm is not None:
+            outs["sums"] = jax.ShapeDtypeStruct((splits, 1 + layer, tokens), jnp.float32)
+    else:
+        outs["out"] = jax.ShapeDtypeStruct((held, n), dtype)
+
+    def body(*refs: Any, **smem: Any) -> None:
+        gmem = dict(zip([*names, *outs], refs, strict=True))
+        channel = lax.axis_index("tile") * rows
+        split = lax.axis_index("split") if splits > 1 else 0
+        first, count = split * tiles // splits, tiles // splits
+        if tiles % splits:
+            count = (split + 1) * tiles // splits - first
+
+        def fetch_weight(i: Any) -> None:
+            slot, inputs = lax.rem(i, stages), pl.ds((first + i) * tile_k, tile_k)
+            full = smem["full"].at[slot]
+            source = gmem["weight"].at[:, pl.ds(channel, rows), inputs]
+            plgpu.copy_gmem_to_smem(source, smem["weight_smem"].at[slot], full)
+            for name in ("scale", "shift"):
+                if name in gmem:
+                    plgpu.copy_gmem_to_smem(gmem[name].at[inputs], smem[f"{name}_smem"].at[slot], full)
+
+        def fetch_x(i: Any) -> None:
+            slot, inputs = lax.rem(i, stages), pl.ds((first + i) * tile_k, tile_k)
+            source = gmem["x"].at[pl.ds(0, tokens), inputs]
+            plgpu.copy_gmem_to_smem(source, smem["x_smem"].at[slot], smem["full"].at[slot])
+
+        def when_leader(do: Any) -> None:
+            if in_cluster:
+                pl.when(split == 0)(do)
+            else:
+                do()
+
+        def fetch_bias() -> None:
+            for part in range(parts):
+                source = gmem["bias"].at[pl.ds(part * n + channel, rows)]
+                plgpu.copy_gmem_to_smem(source, smem["bias_smem"].at[part], smem["extra"])
+
+        def fetch_residual() -> None:
+            source = gmem["residual"].at[pl.ds(0, tokens), pl.ds(channel, rows)]
+            plgpu.copy_gmem_to_smem(source, smem["residual_smem"], smem["extra"])
+
+        ring = jnp.minimum(count, stages)
+        pl.loop(0, ring)(fetch_weight)
+        if "bias" in gmem:
+            when_leader(fetch_bias)
+        if tuning.overlap:
+            plgpu.griddepcontrol_launch_dependents()
+            plgpu.griddepcontrol_wait()
+        pl.loop(0, ring)(fetch_x)
+        if "residual" in gmem:
+            when_leader(fetch_residual)
+
+        def normed(slot: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            """Multiply a tile of x by the scale, in place, and add to the sums over K."""
+            tile = smem["x_smem"].at[slot].T
+            value = plgpu.load(tile, layout=TRANSPOSED).astype(jnp.float32)
+            square, *mean = sums
+            square = square + value * value
+            mean = [mean[0] + value] if layer else []
+            factor = None
+            if scale is not None:
+                factor = plgpu.load(smem["scale_smem"].at[slot], layout=TRANSPOSED.reduce(1), optimized=False)
+                factor = factor.astype(jnp.float32)
+                if norm is not None and norm.unit_offset:
+                    factor = factor + 1.0
+                factor = lax.broadcast_in_dim(factor, (tile_k, tokens), (0,))
+                value = value * factor
+            token = plgpu.broadcasted_iota(jnp.int32, (tile_k, tokens), 1, layout=TRANSPOSED)
+            if layer:
+                value = jnp.where(token == m, 1.0 if factor is None else factor, value)
+            if shift is not None:
+                bias_ = plgpu.load(smem["shift_smem"].at[slot], layout=TRANSPOSED.reduce(1), optimized=False)
+                bias_ = lax.broadcast_in_dim(bias_.astype(jnp.float32), (tile_k, tokens), (0,))
+                value = jnp.where(token == m + layer, bias_, value)
+            tile[...] = value.astype(dtype)
+            plgpu.commit_smem()
+            return square, *mean
+
+        def multiply(*accs: Any) -> tuple[jax.Array, ...]:
+            def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                slot = lax.rem(i, stages)
+                plgpu.barrier_wait(smem["full"].at[slot])
+                if norm is not None:
+                    sums = normed(slot, sums)
+                for part in range(parts):
+                    plgpu.wgmma(accs[part], smem["weight_smem"].at[slot, part], smem["x_smem"].at[slot].T)
+                plgpu.wgmma_wait(0)
+
+                @pl.when(i + stages < count)
+                def _() -> None:
+                    fetch_weight(i + stages)
+                    fetch_x(i + stages)
+
+                return sums
+
+            zero = plgpu.layout_cast(jnp.zeros((tile_k, tokens), jnp.float32), TRANSPOSED)
+            sums = lax.fori_loop(0, count, step, () if norm is None else (zero,) * (1 + layer))
+            return (*(acc[...] for acc in accs), *(jnp.sum(total, axis=0) for total in sums))
+
+        results = pl.run_scoped(multiply, *(plgpu.ACC((rows, tokens), jnp.float32) for _ in range(parts)))
+        values, sums = list(results[:parts]), results[parts:]
+        for i, total in enumerate(sums):
+            smem[f"sum{i}_smem"][...] = total
+
+        if in_memory:
+            for part in range(parts):
+                smem["out_smem"][part] = values[part]
+            plgpu.commit_smem()
+            target = gmem["out"].at[split, :, pl.ds(channel, rows)]
+            plgpu.copy_smem_to_gmem(smem["out_smem"], target)
+            if norm is not None:
+
+                @pl.when(lax.axis_index("tile") == 0)
+                def _() -> None:
+                    for i in range(1 + layer):
+                        plgpu.copy_smem_to_gmem(smem[f"sum{i}_smem"], gmem["sums"].at[split, i])
+
+            plgpu.wait_smem_to_gmem(0)
+            return
+
+        def read(ref: Any, other: int) -> Any:
+            return plgpu.cluster_ref(ref, {"split": jnp.int32(other)}) if other else ref
+
+        def finish_tile() -> None:
+            others = range(1, splits) if in_cluster else ()
+            found = values
+            for other in others:
+                for part in range(parts):
+                    remote = read(smem[f"part{part}_smem"], other)
+                    found = [*found[:part], found[part] + plgpu.load(remote, layout=ACC), *found[part + 1 :]]
+            if norm is not None:
+                totals = []
+                for i in range(1 + layer):
+                    total = plgpu.load(smem[f"sum{i}_smem"], layout=ACC.reduce(0), optimized=False)
+                    for other in others:
+                        remote = read(smem[f"sum{i}_smem"], other)
+                        total = total + plgpu.load(remote, layout=ACC.reduce(0), optimized=False)
+                    totals.append(total)
+                found = _normed_product(found, totals, norm, m, k)
+            columns = None
+            if "extra" in smem:
+                plgpu.barrier_wait(smem["extra"])
+            if "bias" in gmem:
+                columns = []
+                for part in range(parts):
+                    column = plgpu.load(smem["bias_smem"].at[part], layout=ACC.reduce(1), optimized=False)
+                    columns.append(lax.broadcast_in_dim(column.astype(jnp.float32), (rows, tokens), (0,)))
+            y = _epilogue(found, columns, activation, None)
+            if "residual" in gmem:
+                y = plgpu.layout_cast(y, TRANSPOSED)
+                y = y + plgpu.load(smem["residual_smem"].T, layout=TRANSPOSED).astype(jnp.float32)
+                smem["out_smem"].T[...] = y.astype(dtype)
+            else:
+                smem["out_smem"].T[...] = plgpu.layout_cast(y.astype(dtype), TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem["out_smem"], gmem["out"].at[pl.ds(0, tokens), pl.ds(channel, rows)])
+            plgpu.wait_smem_to_gmem(0)
+
+        if not in_cluster:
+            finish_tile()
+            return
+        for part in range(parts):
+            smem[f"part{part}_smem"][...] = values[part]
+        plgpu.barrier_arrive(smem["cluster"].at[0])
+        plgpu.barrier_wait(smem["cluster"].at[0])
+        when_leader(finish_tile)
+        # Nobody leaves before the first block has read what the others hold.
+        plgpu.barrier_arrive(smem["cluster"].at[1])
+        plgpu.barrier_wait(smem["cluster"].at[1])
+
+    blocks = -(-n // rows)
+    space: dict[str, Any] = {"grid": (blocks,), "grid_names": ("tile",)}
+    if in_cluster:
+        space |= {"cluster": (splits,), "cluster_names": ("split",)}
+    elif in_memory:
+        space = {"grid": (blocks, splits), "grid_names": ("tile", "split")}
+    params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True)
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(outs.values()),
+        scratch_types=scratch,
+        compiler_params=params,
+        kernel_name="skinny_gemm",
+        **space,
+        **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+    )
+    out, *sums = kernel(*operands)
+    if not in_memory:
+        return out[:m]
+    totals = jnp.sum(out, axis=0)
+    found = list(totals)
+    if norm is not None:
+        found = _normed_product(found, list(jnp.sum(sums[0], axis=0)), norm, m, k)
+    found = [part[:, :m].T for part in found]
+    columns = None if bias is None else list(bias.astype(jnp.float32).reshape(parts, n))
+    return _epilogue(found, columns, activation, residual).astype(dtype)
+
+
+def _normed_product(
+    parts: list[jax.Array], totals: list[jax.Array], norm: InputNorm, m: int, k: int
+) -> list[jax.Array]:
+    """Turn ``W (x * scale)`` [rows, tokens] into ``W norm(x)``, given each token's sum of squares (and sum) over K.
+
+    LayerNorm's tokens ``m`` and after are the scale and the bias themselves: ``W scale`` is what the mean is taken
+    off with, ``W bias`` is what is added.
+    """
+    layer = norm.kind == "layer"
+    shape = parts[0].shape
+    square = totals[0] * (1.0 / k)
+    mean = totals[1] * (1.0 / k) if layer else None
+    if mean is not None:
+        square = jnp.maximum(square - mean * mean, 0.0)
+    size = lax.broadcast_in_dim(lax.rsqrt(square + norm.eps), shape, (1,))
+    token = lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def column(part: jax.Array, at: int) -> jax.Array:
+        return lax.broadcast_in_dim(jnp.sum(jnp.where(token == at, part, 0.0), axis=1), shape, (0,))
+
+    found = []
+    for part in parts:
+        y = part
+        if mean is not None:
+            y = y - lax.broadcast_in_dim(mean, shape, (1,)) * column(part, m)
+        y = y * size
+        if norm.bias is not None:
+            y = y + column(part, m + layer)
+        found.append(y)
+    return found

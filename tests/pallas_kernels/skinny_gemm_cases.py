@@ -1,0 +1,79 @@
+"""The configurations of the skinny GEMM that are compiled ahead of time, by :mod:`tests.aot`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.skinny_gemm import InputNorm, Tuning, skinny_gemm
+
+Case = tuple[Callable[..., Any], list[Any]]
+
+
+def case(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    gated: bool = False,
+    norm: str = "",
+    bias: bool = False,
+    activation: Any = None,
+    residual: bool = False,
+    dtype: Any = jnp.bfloat16,
+    tuning: Tuning | None = None,
+) -> Case:
+    """A product and the shapes of its operands; ``norm`` is ``rms`` or ``layer``, then ``+scale``, ``+bias``."""
+    halves = (2,) if gated else ()
+    shapes = {"x": (m, k), "weight": (*halves, n, k)}
+    kind, *has = norm.split("+")
+    shapes |= {name: (k,) for name in has}
+    if bias:
+        shapes["b"] = (*halves, n)
+    if residual:
+        shapes["residual"] = (m, n)
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        given = dict(zip(shapes, arrays, strict=True))
+        normed: Any = None
+        if kind:
+            normed = InputNorm(kind=kind, eps=1e-5, scale=given.get("scale"), bias=given.get("bias"))  # type: ignore[arg-type]
+        return skinny_gemm(
+            given["x"], given["weight"], norm=normed, bias=given.get("b"), activation=activation,
+            residual=given.get("residual"), implementation="mosaic", tuning=tuning,
+        )  # fmt: skip
+
+    return run, [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values()]
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+for rows in (1, 8, 16, 33, 64):
+    CASES |= {
+        f"7b qkv {rows}": functools.partial(case, rows, 12288, 4096, norm="rms+scale"),
+        f"7b out {rows}": functools.partial(case, rows, 4096, 4096, residual=True),
+        f"7b gate {rows}": functools.partial(
+            case, rows, 11008, 4096, gated=True, norm="rms+scale", activation="silu"
+        ),
+        f"7b down {rows}": functools.partial(case, rows, 4096, 11008, residual=True),
+    }
+CASES |= {
+    "gpt2-xl qkv": functools.partial(case, 1, 4800, 1600, norm="layer+scale+bias", bias=True),
+    "gpt2-xl up": functools.partial(
+        case, 8, 6400, 1600, norm="layer+scale+bias", bias=True, activation="gelu_tanh"
+    ),
+    "gpt2-xl head": functools.partial(case, 1, 50264, 1600, norm="layer+scale+bias"),
+    "ragged": functools.partial(case, 3, 1000, 144, bias=True, residual=True, activation="gelu"),
+    "gated gelu bias": functools.partial(
+        case, 16, 4096, 2048, gated=True, norm="rms+scale", bias=True, activation="gelu", residual=True
+    ),
+    "float16": functools.partial(
+        case, 4, 4096, 4096, norm="rms+scale", activation="relu", bias=True, dtype=jnp.float16
+    ),
+    "tensor parallel": functools.partial(case, 20, 4096, 1376, residual=True),
+    "48 rows": functools.partial(case, 48, 1600, 800, norm="layer+scale+bias", bias=True, activation="gelu"),
+    "quick_gelu": functools.partial(case, 4, 3072, 768, norm="layer+scale+bias", activation="quick_gelu", bias=True),
+}  # fmt: skip
