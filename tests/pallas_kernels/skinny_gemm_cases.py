@@ -37,17 +37,27 @@ def case(
     if residual:
         shapes["residual"] = (m, n)
 
-    def run(*arrays: jax.Array) -> jax.Array:
+    def product(*arrays: jax.Array, kernel: bool) -> jax.Array:
         given = dict(zip(shapes, arrays, strict=True))
         normed: Any = None
         if kind:
             normed = InputNorm(kind=kind, eps=1e-5, scale=given.get("scale"), bias=given.get("bias"))  # type: ignore[arg-type]
-        return skinny_gemm(
-            given["x"], given["weight"], norm=normed, bias=given.get("b"), activation=activation,
-            residual=given.get("residual"), implementation="mosaic", tuning=tuning,
-        )  # fmt: skip
+        rest = {"norm": normed, "bias": given.get("b"), "activation": activation, "residual": given.get("residual")}
+        if kernel:
+            rest |= {"implementation": "mosaic", "tuning": tuning}
+        return skinny_gemm(given["x"], given["weight"], **rest)
 
+    run: Any = lambda *arrays: product(*arrays, kernel=True)  # noqa: E731
+    run.reference = lambda *arrays: product(*arrays, kernel=False)
     return run, [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values()]
+
+
+def operands_of(shapes: list[Any]) -> list[jax.Array]:
+    """Random operands; the second, the weight, is small enough that results are about one."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    made = [jax.random.normal(key, s.shape, s.dtype) for key, s in zip(keys, shapes, strict=True)]
+    made[1] = made[1] * jnp.asarray(shapes[1].shape[-1] ** -0.5, shapes[1].dtype)
+    return made
 
 
 CASES: dict[str, Callable[[], Case]] = {}
