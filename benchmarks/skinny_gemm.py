@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -56,6 +57,12 @@ class Shape:
     gated: bool = False
     normed: bool = False
     residual: bool = False
+    int8: bool = False
+
+    @property
+    def norm(self) -> InputNorm | None:
+        """The norm, without its weights."""
+        return InputNorm(kind="rms", eps=1e-5) if self.normed else None
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -64,8 +71,29 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight in 16 bits."""
-        return 2 * (1 + self.gated) * self.n * self.k
+        """Bytes of the weight."""
+        return (1 if self.int8 else 2) * (1 + self.gated) * self.n * self.k
+
+    def make(self, key: jax.Array) -> jax.Array:
+        """Make a weight that keeps the size of x."""
+        if self.int8:
+            return jax.random.randint(key, self.weight, -127, 128, jnp.int8)
+        return jax.random.normal(key, self.weight, BF16) * BF16(self.k**-0.5)
+
+    def fit(self, tuning: Tuning, rows: int, room: int) -> Tuning | None:
+        """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if two do not."""
+        size = functools.partial(
+            shared_bytes, rows=rows, gated=self.gated, norm=self.norm, weight_bytes=1 if self.int8 else 2
+        )
+        while tuning.stages > 2 and size(tuning) > room:
+            tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
+        return tuning if size(tuning) <= room else None
+
+    def chosen(self, rows: int) -> Tuning:
+        """The kernel's own choice."""
+        return tuning_for(
+            rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=1 if self.int8 else 2
+        )
 
     def smaller(self) -> Shape:
         """The same, to rehearse with."""
@@ -91,18 +119,23 @@ def operands(shape: Shape, rows: int, key: jax.Array) -> Operands:
         made["scale"] = jax.random.normal(keys[1], (shape.k,), BF16)
     if shape.residual:
         made["residual"] = jax.random.normal(keys[2], (rows, shape.n), BF16)
+    if shape.int8:
+        made["weight_scale"] = jnp.full(shape.weight[:-1], 1 / (73 * shape.k**0.5), jnp.float32)
     return made
 
 
 def product(shape: Shape, tuning: Tuning | None, kernel: bool) -> Product:
     """A function of the weight and the other operands."""
 
-    def run(weight: jax.Array, x: jax.Array, scale: Any = None, residual: Any = None) -> jax.Array:
+    def run(
+        weight: jax.Array, x: jax.Array, scale: Any = None, residual: Any = None, weight_scale: Any = None
+    ) -> jax.Array:
         norm = InputNorm(kind="rms", eps=1e-5, scale=scale) if shape.normed else None
         rest: dict[str, Any] = {
             "norm": norm,
             "activation": "silu" if shape.gated else None,
             "residual": residual,
+            "weight_scale": weight_scale,
         }
         if kernel:
             return skinny_gemm(x, weight, implementation="mosaic", tuning=tuning, **rest)
@@ -140,7 +173,7 @@ def copy_bandwidth(nbytes: int) -> float:
 
 def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
     """The kernel's own choice, without its overlap, and then a grid: full rings for one and for two blocks an SM."""
-    chosen = tuning_for(rows, shape.n, shape.k, gated=shape.gated)
+    chosen = shape.chosen(rows)
     seen = {chosen}
     yield chosen
     extra = [dataclasses.replace(chosen, overlap=False)]
@@ -152,12 +185,10 @@ def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
         for splits in (1, 2, 4):
             for channels, tile_k in ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256)):
                 tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=12)
-                room = SMEM_PER_SM // blocks - 1024
-                while tuning.stages > 2 and shared_bytes(tuning, rows, shape.gated) > room:
-                    tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
+                fitting = shape.fit(tuning, rows, SMEM_PER_SM // blocks - 1024)
                 grid = -(-shape.n // channels) * splits
-                if shared_bytes(tuning, rows, shape.gated) <= room and 100 <= grid <= 800:
-                    extra.append(tuning)
+                if fitting and 100 <= grid <= 800 and splits * tile_k * 2 <= shape.k:
+                    extra.append(fitting)
     for tuning in extra:
         if tuning not in seen:
             seen.add(tuning)
@@ -190,6 +221,7 @@ class Bench:
         self.found: dict[str, Any] = {"machine": describe(), "command": " ".join(sys.argv)}
         self.bandwidth = 0.0
         self.best: dict[str, list[Tuning]] = {}
+        self.held: tuple[Shape | None, list[jax.Array]] = (None, [])
 
     def save(self, line: str) -> None:
         """Print a line, and keep what has been found."""
@@ -238,10 +270,11 @@ class Bench:
         """Time one shape at a number of rows: XLA, then tunings until a tenth of the time is spent."""
         count = max(4, -(-(1 << 30) // shape.nbytes)) if not self.rehearse else 2
         keys = jax.random.split(jax.random.key(rows), count)
-        make = jax.jit(lambda key: jax.random.normal(key, shape.weight, BF16) * BF16(shape.k**-0.5))
-        if getattr(self, "_held", None) != shape:
-            self._held, self._weights = shape, [make(key) for key in keys]
-        weights = self._weights
+        if self.held[0] != shape:
+            self.held = (None, [])  # frees what was held before
+            make = jax.jit(shape.make)
+            self.held = (shape, [make(key) for key in keys])
+        weights = self.held[1]
         given = [operands(shape, rows, key) for key in keys]
         wanted = exact(shape, weights[0], given[0])
         limit = shape.nbytes / self.bandwidth if self.bandwidth else 1.0
@@ -260,7 +293,7 @@ class Bench:
         entry["mosaic"] = []
         self.found.setdefault("products", {}).setdefault(shape.name, []).append(entry)
         self.save(f"{shape.name}, {rows} rows: limit {entry['limit_us']} us, XLA {entry['xla']['us']} us")
-        deadline = time.perf_counter() + 0.11 * (self.end - self.start)
+        deadline = time.perf_counter() + 0.1 * (self.end - self.start)
         for tuning in tried:
             if entry["mosaic"] and (self.late() or time.perf_counter() > deadline):
                 break
@@ -284,12 +317,10 @@ class Bench:
 
     def again(self, shape: Shape, rows: int) -> Iterator[Tuning]:
         """The kernel's choice for these rows, then what was best for one row, with rings that fit."""
-        yield tuning_for(rows, shape.n, shape.k, gated=shape.gated)
+        yield shape.chosen(rows)
         for tuning in self.best.get(shape.name, [])[:3]:
-            while tuning.stages > 2 and shared_bytes(tuning, rows, shape.gated) > SMEM_PER_SM - 1024:
-                tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
-            if shared_bytes(tuning, rows, shape.gated) <= SMEM_PER_SM - 1024:
-                yield tuning
+            if fitting := shape.fit(tuning, rows, SMEM_PER_SM - 1024):
+                yield fitting
         yield from list(tunings(shape, rows))[1:]
 
     def mlp(self, rows: int, layers: int = 8) -> None:
@@ -298,7 +329,7 @@ class Bench:
         keys = jax.random.split(jax.random.key(1), layers)
         shapes = {"up": up, "down": down}
         make = jax.jit(
-            lambda key: {n: jax.random.normal(key, s.weight, BF16) * BF16(s.k**-0.5) for n, s in shapes.items()}
+            lambda key: {n: s.make(k) for (n, s), k in zip(shapes.items(), jax.random.split(key), strict=True)}
         )
         weights = [make(key) for key in keys]
         scale = jnp.ones((up.k,), BF16)
@@ -339,15 +370,17 @@ class Bench:
         self.numerics()
         for shape in self.shapes:
             self.products(shape, 1, tunings(shape, 1))
-        self._held = None
-        self._weights = []
+        self.held = (None, [])
         self.mlp(1)
+        for shape in self.shapes:
+            if not self.late():
+                eight = dataclasses.replace(shape, name=f"{shape.name}, int8", int8=True)
+                self.products(eight, 1, itertools.islice(tunings(eight, 1), 6))
         for shape in self.shapes:
             for rows in (16, 64, 8):
                 if not self.late():
                     self.products(shape, rows, self.again(shape, rows))
-        self._held = None
-        self._weights = []
+        self.held = (None, [])
         if not self.late():
             self.mlp(16)
         self.save("done")
@@ -359,13 +392,17 @@ def compile_all(limit: int) -> None:
 
     compile_one = compiler()
     for rows in (1, 8, 16, 64):
-        for shape in SHAPES:
+        for shape in (*SHAPES, *(dataclasses.replace(s, name=f"{s.name}, int8", int8=True) for s in SHAPES)):
             given = jax.eval_shape(lambda key, s=shape, m=rows: operands(s, m, key), jax.random.key(0))
-            weight = jax.ShapeDtypeStruct(shape.weight, BF16)
+            weight = jax.eval_shape(shape.make, jax.random.key(0))
             for tuning in list(tunings(shape, rows))[:limit]:
-                start = time.perf_counter()
-                compile_one(chain(product(shape, tuning, kernel=True), 4), [[weight] * 4, [given] * 4])
-                print(f"{time.perf_counter() - start:.2f} s  {shape.name}, {rows} rows: {tuning}", flush=True)
+                start, failure = time.perf_counter(), ""
+                try:
+                    compile_one(chain(product(shape, tuning, kernel=True), 4), [[weight] * 4, [given] * 4])
+                except Exception as error:
+                    failure = f"{type(error).__name__}: {error}"[:300]
+                spent = time.perf_counter() - start
+                print(f"{spent:.2f} s  {shape.name}, {rows} rows: {tuning} {failure}", flush=True)
 
 
 def main() -> None:

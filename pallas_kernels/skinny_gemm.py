@@ -144,11 +144,16 @@ def reference(
     bias: jax.Array | None = None,
     activation: Activation | None = None,
     residual: jax.Array | None = None,
+    weight_scale: jax.Array | None = None,
 ) -> jax.Array:
     """What :func:`skinny_gemm` computes, in ``jax.numpy``: any platform, any shape."""
     h = x if norm is None else normalise(x, norm)
     weight = weight if weight.ndim == 3 else weight[None]
+    if weight_scale is not None:
+        weight = weight.astype(x.dtype)
     y = einsum_f32("mk,pnk->pmn", h, weight)
+    if weight_scale is not None:
+        y = y * weight_scale.astype(jnp.float32).reshape(weight.shape[:2])[:, None]
     biases = None if bias is None else list(bias.astype(jnp.float32).reshape(weight.shape[:2]))
     return _epilogue(list(y), biases, activation, residual).astype(x.dtype)
 
@@ -161,6 +166,7 @@ def skinny_gemm(
     bias: jax.Array | None = None,
     activation: Activation | None = None,
     residual: jax.Array | None = None,
+    weight_scale: jax.Array | None = None,
     implementation: Literal["mosaic", "reference"] | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
@@ -174,6 +180,7 @@ def skinny_gemm(
         bias: [N], or [2, N] for a gated weight.
         activation: of the product, or of the gate.
         residual: [M, N], added last.
+        weight_scale: float32 [N] or [2, N], for a weight of int8: each channel's factor, applied to its sum.
         implementation: ``mosaic`` is the Hopper kernel for 1 to 64 rows; ``reference`` is ``jax.numpy``. None is the
             reference, until the kernel has been measured.
         tuning: how the kernel divides the work; None asks :func:`tuning_for`.
@@ -185,32 +192,34 @@ def skinny_gemm(
     Raises:
         ValueError: the operands do not fit each other, or the named implementation cannot run them.
     """
-    _check(x, weight, norm, bias, residual)
+    _check(x, weight, norm, bias, residual, weight_scale)
+    rest: dict[str, Any] = {"bias": bias, "activation": activation, "residual": residual, "weight_scale": weight_scale}
     if implementation is None or implementation == "reference":
-        return reference(x, weight, norm=norm, bias=bias, activation=activation, residual=residual)
+        return reference(x, weight, norm=norm, **rest)
     if implementation != "mosaic":
         raise ValueError(f"skinny_gemm: implementation {implementation!r} is none of 'mosaic', 'reference'")
     _check_mosaic(x, weight)
     # Imported here, since it takes a second and only this implementation needs it.
     from pallas_kernels import skinny_gemm_mosaic
 
-    gated = weight.ndim == 3
+    gated, size = weight.ndim == 3, weight.dtype.itemsize
     weight = weight if gated else weight[None]
-    if tuning is None:
-        tuning = tuning_for(x.shape[0], weight.shape[1], x.shape[1], gated=gated)
-    if interpret:
-        tuning = dataclasses.replace(tuning, overlap=False, reduce="memory")
-    _check_tuning(tuning, x.shape[0], x.shape[1], gated)
     # Inside the kernel, x is multiplied by the norm's scale before it is divided by its size. In float16 that may
     # overflow where the normalised value would not.
-    if norm is not None and (x.dtype == jnp.float16 or not tuning.fuse_norm):
+    if norm is not None and (x.dtype == jnp.float16 or (tuning is not None and not tuning.fuse_norm)):
         x, norm = normalise(x, norm), None
-    return skinny_gemm_mosaic.run(
-        x, weight, norm=norm, bias=bias, activation=activation, residual=residual, tuning=tuning, interpret=interpret
-    )
+    if tuning is None:
+        tuning = tuning_for(x.shape[0], weight.shape[1], x.shape[1], gated=gated, norm=norm, weight_bytes=size)
+    if interpret:
+        # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
+        tuning, weight = dataclasses.replace(tuning, overlap=False, reduce="memory"), weight.astype(x.dtype)
+    _check_tuning(tuning, x.shape[0], x.shape[1], gated, norm, size)
+    return skinny_gemm_mosaic.run(x, weight, norm=norm, **rest, tuning=tuning, interpret=interpret)
 
 
-def tuning_for(rows: int, n: int, k: int, *, gated: bool) -> Tuning:
+def tuning_for(
+    rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: int = 2
+) -> Tuning:
     """Choose how the kernel divides a product: enough blocks to keep the memory busy, two on an SM.
 
     Not measured yet. The figures are derived: two blocks on an SM, each with 64 KiB or more under way, is more than
@@ -222,12 +231,12 @@ def tuning_for(rows: int, n: int, k: int, *, gated: bool) -> Tuning:
     # With many rows, more channels a block, so that x is fetched less often; else fewer, so that there are more blocks.
     channels = 64 if gated or (not many and n <= 160 * 64) else 128
     blocks, slots = -(-n // channels), 132 if many else 264
-    tile_k = 64 if channels * parts > 64 else 128
+    tile_k = (64 if channels * parts > 64 else 128) * 2 // weight_bytes
     splits = 1
     while splits < 4 and blocks * splits * 2 <= slots and k // (splits * 2) >= 4 * tile_k:
         splits *= 2
     tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8)
-    while tuning.stages > 2 and shared_bytes(tuning, rows, gated) > room:
+    while tuning.stages > 2 and shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > room:
         tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
     return tuning
 
@@ -238,16 +247,26 @@ def padded_rows(rows: int, norm: InputNorm | None = None) -> int:
     return -(-(rows + extra) // 8) * 8
 
 
-def shared_bytes(tuning: Tuning, rows: int, gated: bool) -> int:
-    """Shared memory of a block, at most, in bytes."""
-    tokens, parts = padded_rows(rows) + 8, 1 + gated
-    stage = parts * tuning.rows * tuning.tile_k * 2 + tokens * tuning.tile_k * 2 + 2 * 1024
+def shared_bytes(
+    tuning: Tuning, rows: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: int = 2
+) -> int:
+    """Shared memory of a block with a residual, in bytes; a little more than what the compiler lays out."""
+    tokens, parts = padded_rows(rows, norm), 1 + gated
+    stage = parts * tuning.rows * tuning.tile_k * weight_bytes + tokens * tuning.tile_k * 2
+    if norm is not None:
+        stage += 2 * tuning.tile_k * 4
     exchange = parts * tuning.rows * tokens * 4 if tuning.splits > 1 else 0
-    return tuning.stages * stage + exchange + 2 * tuning.rows * tokens * 2 + 8 * 1024
+    # The output and the residual; bias, scales, barriers, scratch of reductions, and alignment.
+    return tuning.stages * stage + exchange + 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 6 * 1024
 
 
 def _check(
-    x: jax.Array, weight: jax.Array, norm: InputNorm | None, bias: jax.Array | None, residual: jax.Array | None
+    x: jax.Array,
+    weight: jax.Array,
+    norm: InputNorm | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    weight_scale: jax.Array | None,
 ) -> None:
     """Whether the operands fit each other."""
     if x.ndim != 2 or weight.ndim not in (2, 3) or (weight.ndim == 3 and weight.shape[0] != 2):
@@ -258,33 +277,43 @@ def _check(
     expected: dict[str, tuple[Any, tuple[int, ...]]] = {
         "bias": (bias, weight.shape[:-1]),
         "residual": (residual, (rows, weight.shape[-2])),
+        "weight_scale": (weight_scale, weight.shape[:-1]),
     }
     if norm is not None:
         expected |= {"norm.scale": (norm.scale, (k,)), "norm.bias": (norm.bias, (k,))}
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"skinny_gemm: {name} must be {shape}, got {array.shape}")
+    if (weight.dtype == jnp.int8) != (weight_scale is not None):
+        given = "none" if weight_scale is None else "one"
+        raise ValueError(f"skinny_gemm: a weight_scale goes with a weight of int8; {given} with one of {weight.dtype}")
 
 
 def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
     """Whether the kernel can run the operands."""
-    runs = f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16, N of 8, x and weight both bfloat16 or both float16"
-    fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % 16 == 0 and weight.shape[-2] % 8 == 0
+    runs = (
+        f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16 (32 for int8), N of 8, x of bfloat16 or float16, "
+        "and a weight of the same dtype or of int8"
+    )
+    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, jnp.int8):
+        raise ValueError(
+            f"skinny_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype}: {runs}"
+        )
+    multiple = 32 // weight.dtype.itemsize
+    fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % multiple == 0 and weight.shape[-2] % 8 == 0
     if not fits or not weight.size:
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x {x.shape} with weight {weight.shape}: {runs}"
         )
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        raise ValueError(
-            f"skinny_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype}: {runs}"
-        )
 
 
-def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool) -> None:
+def _check_tuning(
+    tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNorm | None, weight_bytes: int
+) -> None:
     """Whether the tuning makes sense for the operands."""
     if tuning.rows % 64 or tuning.tile_k % 64 or min(tuning.rows, tuning.tile_k, tuning.stages) < 1:
         raise ValueError(f"skinny_gemm: rows and tile_k must be multiples of 64, stages at least 1: {tuning}")
     if not 1 <= tuning.splits <= min(8, -(-k // tuning.tile_k)):
         raise ValueError(f"skinny_gemm: splits must be 1 to 8, and at most one for each tile of K={k}: {tuning}")
-    if shared_bytes(tuning, rows, gated) > SMEM_PER_SM + 8 * 1024:
+    if shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
         raise ValueError(f"skinny_gemm: more shared memory than an SM has, for {rows} rows: {tuning}")

@@ -35,6 +35,7 @@ def run(
     bias: jax.Array | None,
     activation: Activation | None,
     residual: jax.Array | None,
+    weight_scale: jax.Array | None,
     tuning: Tuning,
     interpret: bool,
 ) -> jax.Array:
@@ -63,13 +64,16 @@ def run(
             names.append(name)
             operands.append(array)
     if finish:
-        for name, array in (("bias", None if bias is None else bias.reshape(-1)), ("residual", residual)):
+        flat = {"bias": bias, "factor": None if weight_scale is None else weight_scale.astype(jnp.float32)}
+        for name, array in (*((name, a if a is None else a.reshape(-1)) for name, a in flat.items()), ("residual", residual)):
             if array is not None:
                 names.append(name)
                 operands.append(array)
 
     scratch: dict[str, Any] = {
-        "weight_smem": plgpu.SMEM((stages, parts, rows, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
+        "weight_smem": plgpu.SMEM(
+            (stages, parts, rows, tile_k), weight.dtype, transforms=_tiled(tile_k, weight.dtype, k)
+        ),
         "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
         "full": plgpu.Barrier(num_arrivals=2 + (scale is not None) + (shift is not None), num_barriers=stages),
     }
@@ -86,10 +90,12 @@ def run(
         scratch["out_smem"] = plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(rows, dtype, n))
         if bias is not None:
             scratch["bias_smem"] = plgpu.SMEM((parts, rows), bias.dtype)
+        if weight_scale is not None:
+            scratch["factor_smem"] = plgpu.SMEM((parts, rows), jnp.float32)
         if residual is not None:
             tiled = _tiled(rows, residual.dtype, n)
             scratch["residual_smem"] = plgpu.SMEM((tokens, rows), residual.dtype, transforms=tiled)
-        extras = (0 if bias is None else parts) + (residual is not None)
+        extras = parts * ((bias is not None) + (weight_scale is not None)) + (residual is not None)
         if extras:
             scratch["extra"] = plgpu.Barrier(num_arrivals=extras)
     if in_cluster:
@@ -135,10 +141,13 @@ def run(
             else:
                 do()
 
-        def fetch_bias() -> None:
-            for part in range(parts):
-                source = gmem["bias"].at[pl.ds(part * n + channel, rows)]
-                plgpu.copy_gmem_to_smem(source, smem["bias_smem"].at[part], smem["extra"])
+        vectors = [name for name in ("bias", "factor") if name in gmem]
+
+        def fetch_vectors() -> None:
+            for name in vectors:
+                for part in range(parts):
+                    source = gmem[name].at[pl.ds(part * n + channel, rows)]
+                    plgpu.copy_gmem_to_smem(source, smem[f"{name}_smem"].at[part], smem["extra"])
 
         def fetch_residual() -> None:
             source = gmem["residual"].at[pl.ds(0, tokens), pl.ds(channel, rows)]
@@ -146,8 +155,8 @@ def run(
 
         ring = jnp.minimum(count, stages)
         pl.loop(0, ring)(fetch_weight)
-        if "bias" in gmem:
-            when_leader(fetch_bias)
+        if vectors:
+            when_leader(fetch_vectors)
         if tuning.overlap:
             plgpu.griddepcontrol_launch_dependents()
             plgpu.griddepcontrol_wait()
@@ -188,7 +197,13 @@ def run(
                 if norm is not None:
                     sums = normed(slot, sums)
                 for part in range(parts):
-                    plgpu.wgmma(accs[part], smem["weight_smem"].at[slot, part], smem["x_smem"].at[slot].T)
+                    tile = smem["weight_smem"].at[slot, part]
+                    if weight.dtype == jnp.int8:
+                        tile = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+                        tile = plgpu.layout_cast(tile, ACC).astype(dtype)
+                    plgpu.wgmma(accs[part], tile, smem["x_smem"].at[slot].T)
+                    if weight.dtype == jnp.int8:
+                        plgpu.wgmma_wait(0)  # before the registers that it reads are used again
                 plgpu.wgmma_wait(0)
 
                 @pl.when(i + stages < count)
@@ -226,6 +241,14 @@ def run(
         def read(ref: Any, other: int) -> Any:
             return plgpu.cluster_ref(ref, {"split": jnp.int32(other)}) if other else ref
 
+        def across(name: str) -> list[jax.Array]:
+            """A vector over the channels, for each part, at every token."""
+            found = []
+            for part in range(parts):
+                column = plgpu.load(smem[f"{name}_smem"].at[part], layout=ACC.reduce(1), optimized=False)
+                found.append(lax.broadcast_in_dim(column.astype(jnp.float32), (rows, tokens), (0,)))
+            return found
+
         def finish_tile() -> None:
             others = range(1, splits) if in_cluster else ()
             found = values
@@ -233,6 +256,10 @@ def run(
                 for part in range(parts):
                     remote = read(smem[f"part{part}_smem"], other)
                     found = [*found[:part], found[part] + plgpu.load(remote, layout=ACC), *found[part + 1 :]]
+            if "extra" in smem:
+                plgpu.barrier_wait(smem["extra"])
+            if weight_scale is not None:
+                found = [part * factor for part, factor in zip(found, across("factor"), strict=True)]
             if norm is not None:
                 totals = []
                 for i in range(1 + layer):
@@ -242,15 +269,7 @@ def run(
                         total = total + plgpu.load(remote, layout=ACC.reduce(0), optimized=False)
                     totals.append(total)
                 found = _normed_product(found, totals, norm, m, k)
-            columns = None
-            if "extra" in smem:
-                plgpu.barrier_wait(smem["extra"])
-            if "bias" in gmem:
-                columns = []
-                for part in range(parts):
-                    column = plgpu.load(smem["bias_smem"].at[part], layout=ACC.reduce(1), optimized=False)
-                    columns.append(lax.broadcast_in_dim(column.astype(jnp.float32), (rows, tokens), (0,)))
-            y = _epilogue(found, columns, activation, None)
+            y = _epilogue(found, across("bias") if bias is not None else None, activation, None)
             if "residual" in gmem:
                 y = plgpu.layout_cast(y, TRANSPOSED)
                 y = y + plgpu.load(smem["residual_smem"].T, layout=TRANSPOSED).astype(jnp.float32)
@@ -293,6 +312,8 @@ def run(
     if not in_memory:
         return out[:m]
     totals = jnp.sum(out, axis=0)
+    if weight_scale is not None:
+        totals = totals * weight_scale.astype(jnp.float32).reshape(parts, n, 1)
     found = list(totals)
     if norm is not None:
         found = _normed_product(found, list(jnp.sum(sums[0], axis=0)), norm, m, k)

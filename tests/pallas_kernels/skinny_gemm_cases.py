@@ -25,6 +25,7 @@ def case(
     activation: Any = None,
     residual: bool = False,
     dtype: Any = jnp.bfloat16,
+    int8: bool = False,
     tuning: Tuning | None = None,
 ) -> Case:
     """A product and the shapes of its operands; ``norm`` is ``rms`` or ``layer``, then ``+scale``, ``+bias``."""
@@ -37,26 +38,38 @@ def case(
     if residual:
         shapes["residual"] = (m, n)
 
+    if int8:
+        shapes["weight_scale"] = (*halves, n)
+    dtypes = dict.fromkeys(shapes, dtype) | ({"weight": jnp.int8, "weight_scale": jnp.float32} if int8 else {})
+
     def product(*arrays: jax.Array, kernel: bool) -> jax.Array:
         given = dict(zip(shapes, arrays, strict=True))
         normed: Any = None
         if kind:
             normed = InputNorm(kind=kind, eps=1e-5, scale=given.get("scale"), bias=given.get("bias"))  # type: ignore[arg-type]
         rest = {"norm": normed, "bias": given.get("b"), "activation": activation, "residual": given.get("residual")}
+        rest["weight_scale"] = given.get("weight_scale")
         if kernel:
             rest |= {"implementation": "mosaic", "tuning": tuning}
         return skinny_gemm(given["x"], given["weight"], **rest)
 
     run: Any = lambda *arrays: product(*arrays, kernel=True)  # noqa: E731
     run.reference = lambda *arrays: product(*arrays, kernel=False)
-    return run, [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values()]
+    return run, [jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()]
 
 
 def operands_of(shapes: list[Any]) -> list[jax.Array]:
     """Random operands; the second, the weight, is small enough that results are about one."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    made = [jax.random.normal(key, s.shape, s.dtype) for key, s in zip(keys, shapes, strict=True)]
-    made[1] = made[1] * jnp.asarray(shapes[1].shape[-1] ** -0.5, shapes[1].dtype)
+    made = []
+    for i, (key, shape) in enumerate(zip(keys, shapes, strict=True)):
+        if shape.dtype == jnp.int8:
+            made.append(jax.random.randint(key, shape.shape, -127, 128, jnp.int8))
+        elif shape.dtype == jnp.float32:  # the factors of an int8 weight
+            made.append(jax.random.uniform(key, shape.shape, minval=0.5) / (73 * shapes[1].shape[-1] ** 0.5))
+        else:
+            normal = jax.random.normal(key, shape.shape, shape.dtype)
+            made.append(normal * jnp.asarray(shape.shape[-1] ** -0.5 if i == 1 else 1.0, shape.dtype))
     return made
 
 
@@ -70,7 +83,19 @@ for rows in (1, 8, 16, 33, 64):
         ),
         f"7b down {rows}": functools.partial(case, rows, 4096, 11008, residual=True),
     }
+    if rows != 33:
+        CASES |= {
+            f"7b int8 qkv {rows}": functools.partial(case, rows, 12288, 4096, norm="rms+scale", int8=True),
+            f"7b int8 out {rows}": functools.partial(case, rows, 4096, 4096, residual=True, int8=True),
+            f"7b int8 gate {rows}": functools.partial(
+                case, rows, 11008, 4096, gated=True, norm="rms+scale", activation="silu", int8=True
+            ),
+            f"7b int8 down {rows}": functools.partial(case, rows, 4096, 11008, residual=True, int8=True),
+        }
 CASES |= {
+    "int8 ragged": functools.partial(
+        case, 3, 1000, 800, norm="layer+scale+bias", bias=True, residual=True, activation="gelu", int8=True
+    ),
     "gpt2-xl qkv": functools.partial(case, 1, 4800, 1600, norm="layer+scale+bias", bias=True),
     "gpt2-xl up": functools.partial(
         case, 8, 6400, 1600, norm="layer+scale+bias", bias=True, activation="gelu_tanh"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def array(rng, *shape, dtype=jnp.bfloat16):
     return jnp.asarray(rng.standard_normal(shape), dtype)
 
 
-def exact(x, weight, norm=None, bias=None, activation=None, residual=None):
+def exact(x, weight, norm=None, bias=None, activation=None, residual=None, weight_scale=None):
     """The same product in float64 of numpy, by the textbook."""
     f = lambda a: np.asarray(a, np.float64)  # noqa: E731
     h = f(x)
@@ -41,7 +42,8 @@ def exact(x, weight, norm=None, bias=None, activation=None, residual=None):
         h = h / np.sqrt((h * h).mean(-1, keepdims=True) + norm.eps)
         h = h * (f(norm.scale) + norm.unit_offset) if norm.scale is not None else h
         h = h + f(norm.bias) if norm.bias is not None else h
-    parts = [h @ f(w).T for w in (weight if weight.ndim == 3 else weight[None])]
+    weight = f(weight) if weight_scale is None else f(weight) * f(weight_scale)[..., None]
+    parts = [h @ w.T for w in (weight if weight.ndim == 3 else weight[None])]
     if bias is not None:
         parts = [p + b for p, b in zip(parts, f(bias).reshape(len(parts), -1), strict=True)]
     y = parts[0] if activation is None else f(ACTIVATIONS[activation](jnp.asarray(parts[0], jnp.float32)))
@@ -91,12 +93,19 @@ def test_operands_that_do_not_fit_are_refused():
     refused(x, weight, r"norm.scale must be \(64,\)", norm=InputNorm(kind="rms", eps=1e-5, scale=jnp.zeros(32)))
 
 
+def test_a_scale_goes_with_int8():
+    x, weight, scale = jnp.zeros((2, 64)), jnp.zeros((32, 64)), jnp.ones(32)
+    refused(x, weight.astype(jnp.int8), "goes with a weight of int8; none with one of int8")
+    refused(x, weight, "one with one of float32", weight_scale=scale)
+    refused(x, weight.astype(jnp.int8), r"weight_scale must be \(32,\)", weight_scale=scale[:31])
+
+
 def test_what_the_kernel_cannot_run_is_refused_and_says_what_runs():
     half = jnp.zeros((2, 64), jnp.bfloat16)
     weight = jnp.zeros((32, 64), jnp.bfloat16)
-    runs = "1 to 64 rows, K a multiple of 16, N of 8, x and weight both bfloat16 or both float16"
+    runs = "1 to 64 rows, K a multiple of 16 .32 for int8., N of 8, x of bfloat16 or float16"
     refused(jnp.zeros((2, 64)), weight, f"'mosaic' cannot run x of float32.*{runs}", implementation="mosaic")
-    refused(half, weight.astype(jnp.int8), f"weight of int8.*{runs}", implementation="mosaic")
+    refused(half, weight.astype(jnp.float16), f"weight of float16.*{runs}", implementation="mosaic")
     refused(jnp.zeros((65, 64), jnp.bfloat16), weight, rf"x \(65, 64\).*{runs}", implementation="mosaic")
     refused(half[:, :56], weight[:, :56], rf"x \(2, 56\).*{runs}", implementation="mosaic")
     refused(half, weight[:31], rf"weight \(31, 64\).*{runs}", implementation="mosaic")
@@ -106,14 +115,24 @@ def test_what_the_kernel_cannot_run_is_refused_and_says_what_runs():
     refused(half, weight, "more shared memory", implementation="mosaic", tuning=Tuning(stages=40))
 
 
+def test_reference_takes_int8():
+    rng = np.random.default_rng(0)
+    x, scale = array(rng, 5, 48, dtype=jnp.float32), array(rng, 2, 30, dtype=jnp.float32)
+    weight = jnp.asarray(rng.integers(-127, 128, (2, 30, 48)), jnp.int8)
+    y = skinny_gemm(x, weight, activation="silu", weight_scale=scale)
+    wanted = exact(x, weight, activation="silu", weight_scale=scale)
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("k", [64, 768, 1600, 4096, 11008])
 @pytest.mark.parametrize("n", [64, 1000, 4096, 50272])
 def test_tunings_fit_an_sm(n, k, gated):
-    for rows in (1, 8, 17, 64):
-        tuning = tuning_for(rows, n, k, gated=gated)
+    norm = InputNorm(kind="layer", eps=1e-5, bias=jnp.zeros(k))
+    for rows, size in itertools.product((1, 8, 17, 64), (1, 2)):
+        tuning = tuning_for(rows, n, k, gated=gated, norm=norm, weight_bytes=size)
         blocks = 1 if rows > 32 else 2
-        assert blocks * (shared_bytes(tuning, rows, gated) + 1024) <= SMEM_PER_SM
+        assert blocks * (shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=size) + 1024) <= SMEM_PER_SM
         assert tuning.stages >= 2
         assert tuning.splits <= -(-k // tuning.tile_k)
 
@@ -138,18 +157,25 @@ INTERPRETED = {
     "split layer": {"m": 2, "n": 64, "k": 208, "norm": "layer", "shift": True, "gated": True, "activation": "silu",
                     "tuning": {"tile_k": 64, "stages": 2, "splits": 3}},
     "float16": {"m": 4, "n": 64, "k": 128, "norm": "rms", "dtype": "float16", "tuning": {"tile_k": 64, "stages": 2}},
+    "int8": {"m": 4, "n": 72, "k": 160, "norm": "layer", "shift": True, "gated": True, "bias": True, "int8": True,
+             "activation": "silu", "tuning": {"tile_k": 64, "stages": 2}},
+    "int8 split": {"m": 4, "n": 64, "k": 256, "norm": "rms", "int8": True, "residual": True,
+                   "tuning": {"tile_k": 64, "stages": 2, "splits": 2}},
     "64 rows": {"m": 64, "n": 64, "k": 128, "norm": "rms", "residual": True, "tuning": {"tile_k": 64, "stages": 2}},
 }  # fmt: skip
 
 
 def interpret(m, n, k, *, tuning, gated=False, norm=None, scale=True, shift=False, unit_offset=False, bias=False,
-              activation=None, residual=False, dtype="bfloat16"):  # fmt: skip
+              activation=None, residual=False, int8=False, dtype="bfloat16"):  # fmt: skip
     """The largest error of the interpreted kernel, in units of the largest result."""
     rng = np.random.default_rng(m * n + k)
     dtype = jnp.dtype(dtype)
     x = array(rng, m, k, dtype=dtype) + jnp.asarray(0.5, dtype)
     weight = array(rng, *([2] if gated else []), n, k, dtype=dtype) * jnp.asarray(k**-0.5, dtype)
     rest = {"activation": activation}
+    if int8:
+        weight = jnp.asarray(rng.integers(-127, 128, weight.shape), jnp.int8)
+        rest["weight_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, weight.shape[:-1]) / 1000, jnp.float32)
     if norm:
         rest["norm"] = InputNorm(
             kind=norm, eps=1e-5, unit_offset=unit_offset, scale=array(rng, k, dtype=dtype) if scale else None,
