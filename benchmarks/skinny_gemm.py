@@ -4,8 +4,9 @@
 
 In one process of about two minutes (``--seconds``), and in this order, so that a run cut short still has what matters:
 the copy bandwidth; the kernel's numbers against float32 over the forms it has; for one row, many ways to divide each
-product (:class:`pallas_kernels.skinny_gemm.Tuning`); the best of them for 16, 64 and 8 rows; and an MLP of eight layers,
-each product waiting for the one before, as decode has them. The JSON is written after every step.
+product (:class:`pallas_kernels.skinny_gemm.Tuning`); an MLP of eight layers, each product waiting for the one before,
+as decode has them; int8 weights; and the best tunings again for 16, 64 and 8 rows. Every step
+writes the JSON.
 
 A figure is the time of one product in a jit of many, each with a weight of its own, 1 GB and more together, so that
 nothing comes from the L2 cache: host dispatch is hidden, launches and tails are not.
@@ -91,9 +92,7 @@ class Shape:
 
     def chosen(self, rows: int) -> Tuning:
         """The kernel's own choice."""
-        return tuning_for(
-            rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=1 if self.int8 else 2
-        )
+        return tuning_for(rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=1 if self.int8 else 2)
 
     def smaller(self) -> Shape:
         """The same, to rehearse with."""

@@ -54,9 +54,7 @@ class InputNorm:
     unit_offset: bool = False
 
 
-jax.tree_util.register_dataclass(
-    InputNorm, data_fields=["scale", "bias"], meta_fields=["kind", "eps", "unit_offset"]
-)
+jax.tree_util.register_dataclass(InputNorm, data_fields=["scale", "bias"], meta_fields=["kind", "eps", "unit_offset"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ def _erf(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0.0, -y, y)
 
 
-def _epilogue(
+def epilogue(
     parts: list[jax.Array], bias: list[jax.Array] | None, activation: Activation | None, residual: jax.Array | None
 ) -> jax.Array:
     """Bias, activation, gate and residual, in float32."""
@@ -155,7 +153,7 @@ def reference(
     if weight_scale is not None:
         y = y * weight_scale.astype(jnp.float32).reshape(weight.shape[:2])[:, None]
     biases = None if bias is None else list(bias.astype(jnp.float32).reshape(weight.shape[:2]))
-    return _epilogue(list(y), biases, activation, residual).astype(x.dtype)
+    return epilogue(list(y), biases, activation, residual).astype(x.dtype)
 
 
 def skinny_gemm(
@@ -174,7 +172,7 @@ def skinny_gemm(
     """Compute ``act(norm(x) W^T + bias) + residual``, or ``act(norm(x) G^T + b) * (norm(x) V^T + c) + residual``.
 
     Args:
-        x: [M, K].
+        x: [M, K]. From 9 rows on, a number that is not a multiple of 8 costs the kernel a copy of x and residual.
         weight: [N, K], or [2, N, K] holding the gate G and the values V.
         norm: normalisation of the rows of ``x``.
         bias: [N], or [2, N] for a gated weight.
@@ -307,9 +305,7 @@ def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
         )
 
 
-def _check_tuning(
-    tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNorm | None, weight_bytes: int
-) -> None:
+def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNorm | None, weight_bytes: int) -> None:
     """Whether the tuning makes sense for the operands."""
     if tuning.rows % 64 or tuning.tile_k % 64 or min(tuning.rows, tuning.tile_k, tuning.stages) < 1:
         raise ValueError(f"skinny_gemm: rows and tile_k must be multiples of 64, stages at least 1: {tuning}")

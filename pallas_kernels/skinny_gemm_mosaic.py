@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.skinny_gemm import Activation, InputNorm, Tuning, _epilogue, padded_rows
+from pallas_kernels.skinny_gemm import Activation, InputNorm, Tuning, epilogue, padded_rows
 
 ACC = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -23,8 +23,8 @@ def _tiled(columns: int, dtype: Any, divides: int = 64) -> tuple[Any, ...]:
     """
     size = jnp.dtype(dtype).itemsize
     wide = next(width for width in (128, 64, 32, 16) if columns * size % width == 0 and divides * size % width == 0)
-    tiling = plgpu.TilingTransform((8, wide // size))
-    return (tiling,) if wide == 16 else (tiling, plgpu.SwizzleTransform(wide))
+    tiling = plgpu.TilingTransform((8, wide // size))  # type: ignore[abstract]
+    return (tiling,) if wide == 16 else (tiling, plgpu.SwizzleTransform(wide))  # type: ignore[abstract]
 
 
 def run(
@@ -65,7 +65,8 @@ def run(
             operands.append(array)
     if finish:
         flat = {"bias": bias, "factor": None if weight_scale is None else weight_scale.astype(jnp.float32)}
-        for name, array in (*((name, a if a is None else a.reshape(-1)) for name, a in flat.items()), ("residual", residual)):
+        last = {name: array if array is None else array.reshape(-1) for name, array in flat.items()}
+        for name, array in (*last.items(), ("residual", residual)):
             if array is not None:
                 names.append(name)
                 operands.append(array)
@@ -116,7 +117,7 @@ def run(
     def body(*refs: Any, **smem: Any) -> None:
         gmem = dict(zip([*names, *outs], refs, strict=True))
         channel = lax.axis_index("tile") * rows
-        split = lax.axis_index("split") if splits > 1 else 0
+        split: Any = lax.axis_index("split") if splits > 1 else 0
         first, count = split * tiles // splits, tiles // splits
         if tiles % splits:
             count = (split + 1) * tiles // splits - first
@@ -217,7 +218,7 @@ def run(
             sums = lax.fori_loop(0, count, step, () if norm is None else (zero,) * (1 + layer))
             return (*(acc[...] for acc in accs), *(jnp.sum(total, axis=0) for total in sums))
 
-        results = pl.run_scoped(multiply, *(plgpu.ACC((rows, tokens), jnp.float32) for _ in range(parts)))
+        results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)] * parts)
         values, sums = list(results[:parts]), results[parts:]
         for i, total in enumerate(sums):
             smem[f"sum{i}_smem"][...] = total
@@ -269,7 +270,7 @@ def run(
                         total = total + plgpu.load(remote, layout=ACC.reduce(0), optimized=False)
                     totals.append(total)
                 found = _normed_product(found, totals, norm, m, k)
-            y = _epilogue(found, across("bias") if bias is not None else None, activation, None)
+            y = epilogue(found, across("bias") if bias is not None else None, activation, None)
             if "residual" in gmem:
                 y = plgpu.layout_cast(y, TRANSPOSED)
                 y = y + plgpu.load(smem["residual_smem"].T, layout=TRANSPOSED).astype(jnp.float32)
@@ -306,7 +307,7 @@ def run(
         compiler_params=params,
         kernel_name="skinny_gemm",
         **space,
-        **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
     out, *sums = kernel(*operands)
     if not in_memory:
@@ -319,7 +320,7 @@ def run(
         found = _normed_product(found, list(jnp.sum(sums[0], axis=0)), norm, m, k)
     found = [part[:, :m].T for part in found]
     columns = None if bias is None else list(bias.astype(jnp.float32).reshape(parts, n))
-    return _epilogue(found, columns, activation, residual).astype(dtype)
+    return epilogue(found, columns, activation, residual).astype(dtype)
 
 
 def _normed_product(

@@ -1,15 +1,10 @@
 """Compile kernels for Hopper on a machine without a GPU, and read what ptxas says of registers and spills.
 
-JAX's CUDA plugin compiles for a described GPU, ``tests/h200.txtpb``. It needs no CUDA library for that, only ptxas and
-nvdisasm (Mosaic looks for them in ``CUDA_HOME``, in the ``nvidia`` wheels and on PATH). The plugin must be of the jaxlib
-that is installed, and is best kept out of the environment, where JAX would try it at every start::
-
-    V=$(python -c 'import jaxlib; print(jaxlib.__version__)')
-    pip install --no-deps --target .cache/cuda jax-cuda13-plugin==$V jax-cuda13-pjrt==$V
-    pip install --no-deps --target .cache/cuda nvidia-cuda-nvcc==13.0.88   # ptxas, where there is no CUDA toolkit
-
-``JAXINFER_CUDA_PLUGIN`` names another folder than ``.cache/cuda``. Compiling happens in a process of its own, since
-ptxas writes to that process's standard output::
+JAX's CUDA plugin compiles for a described GPU, ``tests/h200.txtpb``. It needs no CUDA library for that, only ptxas. The
+plugin must be of the version of the installed jaxlib, and is kept out of the environment, where JAX would try it at
+every start: ``make .cache/cuda`` installs both into that folder, without their dependencies (0.5 GB). The variable
+``JAXINFER_CUDA_PLUGIN`` names another folder. Compiling happens in a process of its own, since ptxas writes to that
+process's standard output::
 
     python -m tests.aot tests.pallas_kernels.skinny_gemm_cases
 """

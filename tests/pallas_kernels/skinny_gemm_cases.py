@@ -78,9 +78,7 @@ for rows in (1, 8, 16, 33, 64):
     CASES |= {
         f"7b qkv {rows}": functools.partial(case, rows, 12288, 4096, norm="rms+scale"),
         f"7b out {rows}": functools.partial(case, rows, 4096, 4096, residual=True),
-        f"7b gate {rows}": functools.partial(
-            case, rows, 11008, 4096, gated=True, norm="rms+scale", activation="silu"
-        ),
+        f"7b gate {rows}": functools.partial(case, rows, 11008, 4096, gated=True, norm="rms+scale", activation="silu"),
         f"7b down {rows}": functools.partial(case, rows, 4096, 11008, residual=True),
     }
     if rows != 33:
