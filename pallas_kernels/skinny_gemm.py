@@ -147,11 +147,16 @@ def reference(
     """What :func:`skinny_gemm` computes, in ``jax.numpy``: any platform, any shape."""
     h = x if norm is None else normalise(x, norm)
     weight = weight if weight.ndim == 3 else weight[None]
-    if weight_scale is not None:
-        weight = weight.astype(x.dtype)
-    y = einsum_f32("mk,pnk->pmn", h, weight)
-    if weight_scale is not None:
+    if weight.dtype == jnp.int4 and weight_scale is not None:
+        scale = weight_scale.astype(jnp.float32).reshape(weight.shape[0], -1, weight.shape[1])
+        groups = weight.astype(x.dtype).reshape(*weight.shape[:2], scale.shape[1], -1)
+        y = einsum_f32("mgk,pngk->pmgn", h.reshape(h.shape[0], scale.shape[1], -1), groups)
+        y = jnp.sum(y * scale[:, None], axis=2)
+    elif weight_scale is not None:
+        y = einsum_f32("mk,pnk->pmn", h, weight.astype(x.dtype))
         y = y * weight_scale.astype(jnp.float32).reshape(weight.shape[:2])[:, None]
+    else:
+        y = einsum_f32("mk,pnk->pmn", h, weight)
     biases = None if bias is None else list(bias.astype(jnp.float32).reshape(weight.shape[:2]))
     return epilogue(list(y), biases, activation, residual).astype(x.dtype)
 
@@ -178,7 +183,8 @@ def skinny_gemm(
         bias: [N], or [2, N] for a gated weight.
         activation: of the product, or of the gate.
         residual: [M, N], added last.
-        weight_scale: float32 [N] or [2, N], for a weight of int8: each channel's factor, applied to its sum.
+        weight_scale: for a weight of int8, [N] or [2, N]: each channel's factor, applied to its sum. For int4,
+            [K / g, N] or [2, K / g, N]: the factor of each group of ``g`` inputs of a channel, g 64 or 128.
         implementation: ``mosaic`` is the Hopper kernel for 1 to 64 rows; ``reference`` is ``jax.numpy``. None is the
             reference, until the kernel has been measured.
         tuning: how the kernel divides the work; None asks :func:`tuning_for`.
@@ -200,14 +206,21 @@ def skinny_gemm(
     # Imported here, since it takes a second and only this implementation needs it.
     from pallas_kernels import skinny_gemm_mosaic
 
-    gated, size = weight.ndim == 3, weight.dtype.itemsize
+    gated, size = weight.ndim == 3, weight_bits(weight.dtype) / 8
     weight = weight if gated else weight[None]
-    # Inside the kernel, x is multiplied by the norm's scale before it is divided by its size. In float16 that may
-    # overflow where the normalised value would not.
-    if norm is not None and (x.dtype == jnp.float16 or (tuning is not None and not tuning.fuse_norm)):
-        x, norm = normalise(x, norm), None
+    group = 0
+    if weight.dtype == jnp.int4 and weight_scale is not None:
+        weight_scale = rest["weight_scale"] = weight_scale if gated else weight_scale[None]
+        group = x.shape[1] // weight_scale.shape[1]
     if tuning is None:
         tuning = tuning_for(x.shape[0], weight.shape[1], x.shape[1], gated=gated, norm=norm, weight_bytes=size)
+        tuning = dataclasses.replace(tuning, tile_k=group or tuning.tile_k)
+    if group and tuning.tile_k != group:
+        raise ValueError(f"skinny_gemm: tile_k must be the group, {group}: {tuning}")
+    # Inside the kernel, x is multiplied by the norm's scale before it is divided by its size. In float16 that may
+    # overflow where the normalised value would not.
+    if norm is not None and (x.dtype == jnp.float16 or not tuning.fuse_norm):
+        x, norm = normalise(x, norm), None
     if interpret:
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
         tuning, weight = dataclasses.replace(tuning, overlap=False, reduce="memory"), weight.astype(x.dtype)
@@ -216,7 +229,7 @@ def skinny_gemm(
 
 
 def tuning_for(
-    rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: int = 2
+    rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> Tuning:
     """Choose how the kernel divides a product: enough blocks to keep the memory busy, two on an SM.
 
@@ -227,16 +240,23 @@ def tuning_for(
     many = rows > 32
     parts, room = 1 + gated, (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
     # With many rows, more channels a block, so that x is fetched less often; else fewer, so that there are more blocks.
-    channels = 64 if gated or (not many and n <= 160 * 64) else 128
+    channels = 64 if gated or (many and weight_bytes < 1) or (not many and n <= 160 * 64) else 128
     blocks, slots = -(-n // channels), 132 if many else 264
-    tile_k = (64 if channels * parts > 64 else 128) * 2 // weight_bytes
+    tile_k = (64 if channels * parts > 64 else 128) * (2 if weight_bytes < 2 else 1)
     splits = 1
     while splits < 4 and blocks * splits * 2 <= slots and k // (splits * 2) >= 4 * tile_k:
         splits *= 2
-    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8)
+    # With groups and many rows, registers hold two sums and a tile of the weight: the norm's sums would spill.
+    fuse_norm = not (many and weight_bytes < 1)
+    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8, fuse_norm=fuse_norm)
     while tuning.stages > 2 and shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > room:
         tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
     return tuning
+
+
+def weight_bits(dtype: Any) -> int:
+    """Bits of an entry of a weight in memory."""
+    return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
 
 
 def padded_rows(rows: int, norm: InputNorm | None = None) -> int:
@@ -246,13 +266,15 @@ def padded_rows(rows: int, norm: InputNorm | None = None) -> int:
 
 
 def shared_bytes(
-    tuning: Tuning, rows: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: int = 2
+    tuning: Tuning, rows: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> int:
     """Shared memory of a block with a residual, in bytes; a little more than what the compiler lays out."""
     tokens, parts = padded_rows(rows, norm), 1 + gated
-    stage = parts * tuning.rows * tuning.tile_k * weight_bytes + tokens * tuning.tile_k * 2
+    stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes) + tokens * tuning.tile_k * 2
     if norm is not None:
         stage += 2 * tuning.tile_k * 4
+    if weight_bytes < 1:
+        stage += parts * tuning.rows * 4
     exchange = parts * tuning.rows * tokens * 4 if tuning.splits > 1 else 0
     # The output and the residual; bias, scales, barriers, scratch of reductions, and alignment.
     return tuning.stages * stage + exchange + 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 6 * 1024
@@ -275,29 +297,36 @@ def _check(
     expected: dict[str, tuple[Any, tuple[int, ...]]] = {
         "bias": (bias, weight.shape[:-1]),
         "residual": (residual, (rows, weight.shape[-2])),
-        "weight_scale": (weight_scale, weight.shape[:-1]),
     }
     if norm is not None:
         expected |= {"norm.scale": (norm.scale, (k,)), "norm.bias": (norm.bias, (k,))}
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"skinny_gemm: {name} must be {shape}, got {array.shape}")
-    if (weight.dtype == jnp.int8) != (weight_scale is not None):
+    if (weight.dtype in (jnp.int8, jnp.int4)) != (weight_scale is not None):
         given = "none" if weight_scale is None else "one"
-        raise ValueError(f"skinny_gemm: a weight_scale goes with a weight of int8; {given} with one of {weight.dtype}")
+        raise ValueError(
+            f"skinny_gemm: a weight_scale goes with a weight of int8 or int4; {given} with one of {weight.dtype}"
+        )
+    if weight_scale is not None:
+        *halves, n = weight.shape[:-1]
+        shapes = [(*halves, n)] if weight.dtype == jnp.int8 else [(*halves, k // g, n) for g in (64, 128) if k % g == 0]
+        if weight_scale.shape not in shapes:
+            wanted = " or ".join(map(str, shapes)) or "of groups of 64 or 128, which do not divide K"
+            raise ValueError(f"skinny_gemm: weight_scale must be {wanted}, got {weight_scale.shape}")
 
 
 def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
     """Whether the kernel can run the operands."""
     runs = (
         f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16 (32 for int8), N of 8, x of bfloat16 or float16, "
-        "and a weight of the same dtype or of int8"
+        "and a weight of the same dtype, int8 or int4"
     )
-    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, jnp.int8):
+    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, jnp.int8, jnp.int4):
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype}: {runs}"
         )
-    multiple = 32 // weight.dtype.itemsize
+    multiple = 256 // weight_bits(weight.dtype)
     fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % multiple == 0 and weight.shape[-2] % 8 == 0
     if not fits or not weight.size:
         raise ValueError(
@@ -305,7 +334,7 @@ def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
         )
 
 
-def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNorm | None, weight_bytes: int) -> None:
+def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNorm | None, weight_bytes: float) -> None:
     """Whether the tuning makes sense for the operands."""
     if tuning.rows % 64 or tuning.tile_k % 64 or min(tuning.rows, tuning.tile_k, tuning.stages) < 1:
         raise ValueError(f"skinny_gemm: rows and tile_k must be multiples of 64, stages at least 1: {tuning}")

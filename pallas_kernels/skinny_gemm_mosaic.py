@@ -21,9 +21,9 @@ def _tiled(columns: int, dtype: Any, divides: int = 64) -> tuple[Any, ...]:
 
     Tiles must also divide the rows of the array in global memory, of ``divides`` entries.
     """
-    size = jnp.dtype(dtype).itemsize
-    wide = next(width for width in (128, 64, 32, 16) if columns * size % width == 0 and divides * size % width == 0)
-    tiling = plgpu.TilingTransform((8, wide // size))  # type: ignore[abstract]
+    bits = 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
+    wide = next(w for w in (128, 64, 32, 16) if columns * bits % (8 * w) == 0 and divides * bits % (8 * w) == 0)
+    tiling = plgpu.TilingTransform((8, 8 * wide // bits))  # type: ignore[abstract]
     return (tiling,) if wide == 16 else (tiling, plgpu.SwizzleTransform(wide))  # type: ignore[abstract]
 
 
@@ -47,6 +47,8 @@ def run(
     layer = norm is not None and norm.kind == "layer"
     scale = None if norm is None else norm.scale
     shift = None if norm is None else norm.bias
+    grouped = weight_scale is not None and weight_scale.ndim == 3
+    quantized = weight.dtype in (jnp.int8, jnp.int4)
     in_memory = splits > 1 and tuning.reduce == "memory"
     in_cluster = splits > 1 and not in_memory
     finish = not in_memory
@@ -63,21 +65,28 @@ def run(
         if array is not None:
             names.append(name)
             operands.append(array)
+    if weight_scale is not None and grouped:
+        names.append("group")
+        operands.append(weight_scale)
     if finish:
-        flat = {"bias": bias, "factor": None if weight_scale is None else weight_scale.astype(jnp.float32)}
+        channels = None if weight_scale is None or grouped else weight_scale.astype(jnp.float32)
+        flat = {"bias": bias, "factor": channels}
         last = {name: array if array is None else array.reshape(-1) for name, array in flat.items()}
         for name, array in (*last.items(), ("residual", residual)):
             if array is not None:
                 names.append(name)
                 operands.append(array)
 
+    arrivals = 2 + (scale is not None) + (shift is not None) + parts * grouped
     scratch: dict[str, Any] = {
         "weight_smem": plgpu.SMEM(
             (stages, parts, rows, tile_k), weight.dtype, transforms=_tiled(tile_k, weight.dtype, k)
         ),
         "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
-        "full": plgpu.Barrier(num_arrivals=2 + (scale is not None) + (shift is not None), num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
     }
+    if weight_scale is not None and grouped:
+        scratch["group_smem"] = plgpu.SMEM((stages, parts, rows), weight_scale.dtype)
     if scale is not None:
         scratch["scale_smem"] = plgpu.SMEM((stages, tile_k), scale.dtype)
     if shift is not None:
@@ -91,12 +100,12 @@ def run(
         scratch["out_smem"] = plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(rows, dtype, n))
         if bias is not None:
             scratch["bias_smem"] = plgpu.SMEM((parts, rows), bias.dtype)
-        if weight_scale is not None:
+        if "factor" in names:
             scratch["factor_smem"] = plgpu.SMEM((parts, rows), jnp.float32)
         if residual is not None:
             tiled = _tiled(rows, residual.dtype, n)
             scratch["residual_smem"] = plgpu.SMEM((tokens, rows), residual.dtype, transforms=tiled)
-        extras = parts * ((bias is not None) + (weight_scale is not None)) + (residual is not None)
+        extras = parts * ((bias is not None) + ("factor" in names)) + (residual is not None)
         if extras:
             scratch["extra"] = plgpu.Barrier(num_arrivals=extras)
     if in_cluster:
@@ -127,6 +136,9 @@ def run(
             full = smem["full"].at[slot]
             source = gmem["weight"].at[:, pl.ds(channel, rows), inputs]
             plgpu.copy_gmem_to_smem(source, smem["weight_smem"].at[slot], full)
+            for part in range(parts * grouped):
+                source = gmem["group"].at[part, first + i, pl.ds(channel, rows)]
+                plgpu.copy_gmem_to_smem(source, smem["group_smem"].at[slot, part], full)
             for name in ("scale", "shift"):
                 if name in gmem:
                     plgpu.copy_gmem_to_smem(gmem[name].at[inputs], smem[f"{name}_smem"].at[slot], full)
@@ -191,35 +203,69 @@ def run(
             plgpu.commit_smem()
             return square, *mean
 
+        def operand(slot: Any, part: int) -> Any:
+            """A tile of the weight: where it lies, or in registers and widened."""
+            tile = smem["weight_smem"].at[slot, part]
+            if not quantized:
+                return tile
+            layout = plgpu.Layout.WGMMA_UPCAST_2X if weight.dtype == jnp.int8 else plgpu.Layout.WGMMA_UPCAST_4X
+            return plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC).astype(dtype)
+
+        accumulator = plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)
+
+        def arrived(i: Any, sums: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
+            slot = lax.rem(i, stages)
+            plgpu.barrier_wait(smem["full"].at[slot])
+            return slot, sums if norm is None else normed(slot, sums)
+
+        def refill(i: Any) -> None:
+            @pl.when(i + stages < count)
+            def _() -> None:
+                fetch_weight(i + stages)
+                fetch_x(i + stages)
+
         def multiply(*accs: Any) -> tuple[jax.Array, ...]:
+            """Keep the sums over all of K in the accumulators of the tensor cores."""
+
             def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                slot = lax.rem(i, stages)
-                plgpu.barrier_wait(smem["full"].at[slot])
-                if norm is not None:
-                    sums = normed(slot, sums)
+                slot, sums = arrived(i, sums)
                 for part in range(parts):
-                    tile = smem["weight_smem"].at[slot, part]
-                    if weight.dtype == jnp.int8:
-                        tile = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-                        tile = plgpu.layout_cast(tile, ACC).astype(dtype)
-                    plgpu.wgmma(accs[part], tile, smem["x_smem"].at[slot].T)
-                    if weight.dtype == jnp.int8:
+                    plgpu.wgmma(accs[part], operand(slot, part), smem["x_smem"].at[slot].T)
+                    if quantized:
                         plgpu.wgmma_wait(0)  # before the registers that it reads are used again
                 plgpu.wgmma_wait(0)
-
-                @pl.when(i + stages < count)
-                def _() -> None:
-                    fetch_weight(i + stages)
-                    fetch_x(i + stages)
-
+                refill(i)
                 return sums
 
-            zero = plgpu.layout_cast(jnp.zeros((tile_k, tokens), jnp.float32), TRANSPOSED)
-            sums = lax.fori_loop(0, count, step, () if norm is None else (zero,) * (1 + layer))
-            return (*(acc[...] for acc in accs), *(jnp.sum(total, axis=0) for total in sums))
+            sums = lax.fori_loop(0, count, step, no_sums)
+            return (*(acc[...] for acc in accs), *sums)
 
-        results = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)] * parts)
-        values, sums = list(results[:parts]), results[parts:]
+        def multiply_groups() -> tuple[jax.Array, ...]:
+            """A tile is a group: its product is scaled as a whole, one multiplication for ``tile_k`` of them."""
+
+            def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                slot, sums = arrived(i, carry[parts:])
+                totals = []
+                for part in range(parts):
+
+                    def product(acc: Any, part: int = part) -> jax.Array:
+                        plgpu.wgmma(acc, operand(slot, part), smem["x_smem"].at[slot].T)
+                        return acc[...]
+
+                    factor = plgpu.load(smem["group_smem"].at[slot, part], layout=ACC.reduce(1), optimized=False)
+                    factor = lax.broadcast_in_dim(factor.astype(jnp.float32), (rows, tokens), (0,))
+                    totals.append(carry[part] + pl.run_scoped(product, accumulator) * factor)
+                plgpu.commit_smem()  # all have read the scales before they are overwritten
+                refill(i)
+                return (*totals, *sums)
+
+            zero = plgpu.layout_cast(jnp.zeros((rows, tokens), jnp.float32), ACC)
+            return lax.fori_loop(0, count, step, ((zero,) * parts) + no_sums)
+
+        zero = plgpu.layout_cast(jnp.zeros((tile_k, tokens), jnp.float32), TRANSPOSED)
+        no_sums = () if norm is None else (zero,) * (1 + layer)
+        results = multiply_groups() if grouped else pl.run_scoped(multiply, *[accumulator] * parts)
+        values, sums = list(results[:parts]), [jnp.sum(total, axis=0) for total in results[parts:]]
         for i, total in enumerate(sums):
             smem[f"sum{i}_smem"][...] = total
 
@@ -259,7 +305,7 @@ def run(
                     found = [*found[:part], found[part] + plgpu.load(remote, layout=ACC), *found[part + 1 :]]
             if "extra" in smem:
                 plgpu.barrier_wait(smem["extra"])
-            if weight_scale is not None:
+            if "factor" in gmem:
                 found = [part * factor for part, factor in zip(found, across("factor"), strict=True)]
             if norm is not None:
                 totals = []
@@ -313,7 +359,7 @@ def run(
     if not in_memory:
         return out[:m]
     totals = jnp.sum(out, axis=0)
-    if weight_scale is not None:
+    if weight_scale is not None and not grouped:
         totals = totals * weight_scale.astype(jnp.float32).reshape(parts, n, 1)
     found = list(totals)
     if norm is not None:

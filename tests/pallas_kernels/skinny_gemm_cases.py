@@ -26,9 +26,10 @@ def case(
     residual: bool = False,
     dtype: Any = jnp.bfloat16,
     int8: bool = False,
+    int4: int = 0,
     tuning: Tuning | None = None,
 ) -> Case:
-    """A product and the shapes of its operands; ``norm`` is ``rms`` or ``layer``, then ``+scale``, ``+bias``."""
+    """A product and its operands' shapes; ``norm`` is ``rms`` or ``layer``, then ``+scale``, ``+bias``; int4's a group."""
     halves = (2,) if gated else ()
     shapes = {"x": (m, k), "weight": (*halves, n, k)}
     kind, *has = norm.split("+")
@@ -40,7 +41,11 @@ def case(
 
     if int8:
         shapes["weight_scale"] = (*halves, n)
+    if int4:
+        shapes["weight_scale"] = (*halves, k // int4, n)
     dtypes = dict.fromkeys(shapes, dtype) | ({"weight": jnp.int8, "weight_scale": jnp.float32} if int8 else {})
+    if int4:
+        dtypes |= {"weight": jnp.int4, "weight_scale": jnp.float32}
 
     def product(*arrays: jax.Array, kernel: bool) -> jax.Array:
         given = dict(zip(shapes, arrays, strict=True))
@@ -63,10 +68,13 @@ def operands_of(shapes: list[Any]) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), len(shapes))
     made = []
     for i, (key, shape) in enumerate(zip(keys, shapes, strict=True)):
-        if shape.dtype == jnp.int8:
+        if shape.dtype == jnp.int4:
+            made.append(jax.random.randint(key, shape.shape, -8, 8, jnp.int8).astype(jnp.int4))
+        elif shape.dtype == jnp.int8:
             made.append(jax.random.randint(key, shape.shape, -127, 128, jnp.int8))
         elif shape.dtype == jnp.float32:  # the factors of an int8 weight
-            made.append(jax.random.uniform(key, shape.shape, minval=0.5) / (73 * shapes[1].shape[-1] ** 0.5))
+            wide = 73 if shapes[1].dtype == jnp.int8 else 4.6
+            made.append(jax.random.uniform(key, shape.shape, minval=0.5) / (wide * shapes[1].shape[-1] ** 0.5))
         else:
             normal = jax.random.normal(key, shape.shape, shape.dtype)
             made.append(normal * jnp.asarray(shape.shape[-1] ** -0.5 if i == 1 else 1.0, shape.dtype))
@@ -90,7 +98,18 @@ for rows in (1, 8, 16, 33, 64):
             ),
             f"7b int8 down {rows}": functools.partial(case, rows, 4096, 11008, residual=True, int8=True),
         }
+        CASES |= {
+            f"7b int4 qkv {rows}": functools.partial(case, rows, 12288, 4096, norm="rms+scale", int4=128),
+            f"7b int4 out {rows}": functools.partial(case, rows, 4096, 4096, residual=True, int4=128),
+            f"7b int4 gate {rows}": functools.partial(
+                case, rows, 11008, 4096, gated=True, norm="rms+scale", activation="silu", int4=128
+            ),
+            f"7b int4 down {rows}": functools.partial(case, rows, 4096, 11008, residual=True, int4=128),
+        }
 CASES |= {
+    "int4 groups of 64": functools.partial(
+        case, 3, 1000, 832, norm="layer+scale+bias", bias=True, residual=True, activation="gelu", int4=64
+    ),
     "int8 ragged": functools.partial(
         case, 3, 1000, 800, norm="layer+scale+bias", bias=True, residual=True, activation="gelu", int8=True
     ),

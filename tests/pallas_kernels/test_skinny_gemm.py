@@ -53,11 +53,16 @@ def test_operands_that_do_not_fit_are_refused():
     refused(x, weight, r"norm.scale must be \(64,\)", norm=InputNorm(kind="rms", eps=1e-5, scale=jnp.zeros(32)))
 
 
-def test_a_scale_goes_with_int8():
-    x, weight, scale = jnp.zeros((2, 64)), jnp.zeros((32, 64)), jnp.ones(32)
-    refused(x, weight.astype(jnp.int8), "goes with a weight of int8; none with one of int8")
+def test_a_scale_goes_with_a_quantized_weight():
+    x, weight, scale = jnp.zeros((2, 128)), jnp.zeros((32, 128)), jnp.ones(32)
+    refused(x, weight.astype(jnp.int8), "goes with a weight of int8 or int4; none with one of int8")
     refused(x, weight, "one with one of float32", weight_scale=scale)
-    refused(x, weight.astype(jnp.int8), r"weight_scale must be \(32,\)", weight_scale=scale[:31])
+    refused(x, weight.astype(jnp.int8), r"weight_scale must be \(32,\), got \(31,\)", weight_scale=scale[:31])
+    int4 = weight.astype(jnp.int4)
+    refused(x, int4, r"must be \(2, 32\) or \(1, 32\), got \(4, 32\)", weight_scale=jnp.ones((4, 32)))
+    refused(x[:, :96], int4[:, :96], "groups of 64 or 128, which do not divide K", weight_scale=jnp.ones((3, 32)))
+    half, two = x.astype(jnp.bfloat16), jnp.ones((2, 32))
+    refused(half, int4, "tile_k must be the group, 64", weight_scale=two, implementation="mosaic", tuning=Tuning())
 
 
 def test_what_the_kernel_cannot_run_is_refused_and_says_what_runs():
@@ -75,10 +80,14 @@ def test_what_the_kernel_cannot_run_is_refused_and_says_what_runs():
     refused(half, weight, "more shared memory", implementation="mosaic", tuning=Tuning(stages=40))
 
 
-def test_reference_takes_int8():
+@pytest.mark.parametrize("halves", [(), (2,)])
+@pytest.mark.parametrize("group", [None, 64, 128])
+def test_reference_takes_quantized_weights(halves, group):
     rng = np.random.default_rng(0)
-    x, scale = array(rng, 5, 48, dtype=jnp.float32), array(rng, 2, 30, dtype=jnp.float32)
-    weight = jnp.asarray(rng.integers(-127, 128, (2, 30, 48)), jnp.int8)
+    x = array(rng, 5, 256, dtype=jnp.float32)
+    kind, limit = (jnp.int4, 8) if group else (jnp.int8, 128)
+    weight = jnp.asarray(rng.integers(-limit, limit, (*halves, 30, 256)), kind)
+    scale = array(rng, *halves, *([256 // group] if group else []), 30, dtype=jnp.float32)
     y = skinny_gemm(x, weight, activation="silu", weight_scale=scale)
     wanted = exact(x, weight, activation="silu", weight_scale=scale)
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
@@ -89,7 +98,7 @@ def test_reference_takes_int8():
 @pytest.mark.parametrize("n", [64, 1000, 4096, 50272])
 def test_tunings_fit_an_sm(n, k, gated):
     norm = InputNorm(kind="layer", eps=1e-5, bias=jnp.zeros(k))
-    for rows, size in itertools.product((1, 8, 17, 64), (1, 2)):
+    for rows, size in itertools.product((1, 8, 17, 64), (0.5, 1, 2)):
         tuning = tuning_for(rows, n, k, gated=gated, norm=norm, weight_bytes=size)
         blocks = 1 if rows > 32 else 2
         assert blocks * (shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=size) + 1024) <= SMEM_PER_SM

@@ -41,12 +41,16 @@ INTERPRETED = {
              "activation": "silu", "tuning": {"tile_k": 64, "stages": 2}},
     "int8 split": {"m": 4, "n": 64, "k": 256, "norm": "rms", "int8": True, "residual": True,
                    "tuning": {"tile_k": 64, "stages": 2, "splits": 2}},
+    "int4": {"m": 4, "n": 72, "k": 192, "norm": "layer", "shift": True, "gated": True, "bias": True, "int4": 64,
+             "activation": "silu", "tuning": {"tile_k": 64, "stages": 2}},
+    "int4 split": {"m": 1, "n": 64, "k": 256, "norm": "rms", "int4": 64, "residual": True,
+                   "tuning": {"tile_k": 64, "stages": 2, "splits": 2}},
     "64 rows": {"m": 64, "n": 64, "k": 128, "norm": "rms", "residual": True, "tuning": {"tile_k": 64, "stages": 2}},
 }  # fmt: skip
 
 
 def interpret(m, n, k, *, tuning, gated=False, norm=None, scale=True, shift=False, unit_offset=False, bias=False,
-              activation=None, residual=False, int8=False, dtype="bfloat16"):  # fmt: skip
+              activation=None, residual=False, int8=False, int4=0, dtype="bfloat16"):  # fmt: skip
     """The largest error of the interpreted kernel, in units of the largest result."""
     rng = np.random.default_rng(m * n + k)
     dtype = jnp.dtype(dtype)
@@ -56,6 +60,10 @@ def interpret(m, n, k, *, tuning, gated=False, norm=None, scale=True, shift=Fals
     if int8:
         weight = jnp.asarray(rng.integers(-127, 128, weight.shape), jnp.int8)
         rest["weight_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, weight.shape[:-1]) / 1000, jnp.float32)
+    if int4:
+        weight = jnp.asarray(rng.integers(-8, 8, weight.shape), jnp.int4)
+        scales = (*weight.shape[:-2], k // int4, n)
+        rest["weight_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, scales) / 60, jnp.float32)
     if norm:
         rest["norm"] = InputNorm(
             kind=norm, eps=1e-5, unit_offset=unit_offset, scale=array(rng, k, dtype=dtype) if scale else None,

@@ -21,7 +21,7 @@ def array(rng, *shape, dtype=jnp.bfloat16):
 
 def exact(x, weight, norm=None, bias=None, activation=None, residual=None, weight_scale=None):
     """The same product in float64 of numpy, by the textbook."""
-    f = lambda a: np.asarray(a, np.float64)  # noqa: E731
+    f = lambda a: np.asarray(jnp.asarray(a, jnp.float32), np.float64)  # noqa: E731
     h = f(x)
     if norm is not None:
         if norm.kind == "layer":
@@ -29,7 +29,11 @@ def exact(x, weight, norm=None, bias=None, activation=None, residual=None, weigh
         h = h / np.sqrt((h * h).mean(-1, keepdims=True) + norm.eps)
         h = h * (f(norm.scale) + norm.unit_offset) if norm.scale is not None else h
         h = h + f(norm.bias) if norm.bias is not None else h
-    weight = f(weight) if weight_scale is None else f(weight) * f(weight_scale)[..., None]
+    scale = None if weight_scale is None else f(weight_scale)[..., None]
+    if weight.dtype == jnp.int4:  # [..., K / g, N] to [..., N, K]
+        factors = np.moveaxis(f(weight_scale), -1, -2)
+        scale = np.repeat(factors, weight.shape[-1] // factors.shape[-1], axis=-1)
+    weight = f(weight) if scale is None else f(weight) * scale
     parts = [h @ w.T for w in (weight if weight.ndim == 3 else weight[None])]
     if bias is not None:
         parts = [p + b for p, b in zip(parts, f(bias).reshape(len(parts), -1), strict=True)]
