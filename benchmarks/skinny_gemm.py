@@ -103,7 +103,7 @@ class Shape:
 
     def smaller(self) -> Shape:
         """The same, to rehearse with."""
-        return dataclasses.replace(self, n=self.n // 32, k=self.k // 4096 * 128)
+        return dataclasses.replace(self, n=-(-self.n // 4096) * 128, k=-(-self.k // 4096) * 128)
 
 
 SHAPES = (

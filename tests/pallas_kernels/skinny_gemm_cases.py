@@ -29,7 +29,7 @@ def case(
     int4: int = 0,
     tuning: Tuning | None = None,
 ) -> Case:
-    """A product and its operands' shapes; ``norm`` is ``rms`` or ``layer``, then ``+scale``, ``+bias``; int4's a group."""
+    """A product and its operands; ``norm`` is ``rms`` or ``layer``, then ``+scale``, ``+bias``; ``int4`` a group."""
     halves = (2,) if gated else ()
     shapes = {"x": (m, k), "weight": (*halves, n, k)}
     kind, *has = norm.split("+")
