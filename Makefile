@@ -25,6 +25,12 @@ test: .venv/.setup-test  ## all tests but those on a GPU, in parallel: make test
 test-gpu: .venv/.setup-test  ## the tests on a GPU (first: .venv/bin/pip install -e '.[cuda13]')
 	JAXINFER_TEST_PLATFORM=gpu $(PY) -m pytest -m gpu $(ARGS)
 
+# What compiles kernels for Hopper where there is no GPU, see tests/aot.py. Without it those tests are skipped.
+.cache/cuda: .venv/.setup-test
+	V=$$($(PY) -c 'import jaxlib; print(jaxlib.__version__)') && \
+	  $(PY) -m pip --disable-pip-version-check install --no-deps --target $@ \
+	  jax-cuda13-plugin==$$V jax-cuda13-pjrt==$$V nvidia-cuda-nvcc==13.0.88
+
 lint: .venv/.setup-test  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

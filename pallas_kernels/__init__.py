@@ -10,3 +10,6 @@ from pallas_kernels.attention import write_blocks as write_blocks
 from pallas_kernels.choices import Choice as Choice
 from pallas_kernels.choices import choices as choices
 from pallas_kernels.einsum import einsum_f32 as einsum_f32
+from pallas_kernels.skinny_gemm import InputNorm as InputNorm
+from pallas_kernels.skinny_gemm import Tuning as Tuning
+from pallas_kernels.skinny_gemm import skinny_gemm as skinny_gemm
