@@ -90,6 +90,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     bias: Bias | None = None,
+    sinks: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of queries over keys that start at position 0.
@@ -103,6 +104,7 @@ def attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         window: a query sees itself and the ``window - 1`` keys before it.
         bias: ALiBi.
+        sinks: [G, R] logits that take part in the softmax and have no value.
         implementation: ``dot`` uses matrix products, ``reduce`` multiplies and sums, which XLA fuses with the gather of
             the blocks; None picks as :func:`pallas_kernels.choices` says.
 
@@ -133,7 +135,12 @@ def attention(
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     # Zero times a value that is not finite is NaN, and what lies past a sequence's end is not its own.
     own = positions <= jnp.max(query_positions, axis=1, keepdims=True)
     value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
@@ -156,6 +163,7 @@ def paged_attention(
     softcap: float | None = None,
     window: int | None = None,
     bias: Bias | None = None,
+    sinks: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of queries over the blocks of their sequences; one query token is decode, several are prefill.
@@ -165,7 +173,7 @@ def paged_attention(
         key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
         tables: int32 [B, W]; entries past a sequence's length may name any block.
         query_positions: int32 [B, T], as in :func:`attention`.
-        scale, softcap, window, bias, implementation: as in :func:`attention`.
+        scale, softcap, window, bias, sinks, implementation: as in :func:`attention`.
 
     Returns:
         [B, T, G, R, D] in the dtype of ``query``.
@@ -179,5 +187,6 @@ def paged_attention(
         softcap=softcap,
         window=window,
         bias=bias,
+        sinks=sinks,
         implementation=implementation,
     )
