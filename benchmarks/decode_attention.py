@@ -4,7 +4,8 @@
 
 One process on one GPU, under two minutes. Bandwidth of a copy is measured in the same run, and a kernel's share is of
 that: keys and values of the tokens that are seen, once. Calls are chained in one jit (each query is the result
-before), over blocks that no call before has read, so that nothing waits in the L2 cache.
+before), over blocks that no call before has read, so that nothing waits in the L2 cache. ``--fused`` is a run of its
+own: what combines splits inside the kernel cannot run in interpret mode, and a hang must not cost the other figures.
 
 Without a GPU: ``--compile-for h200_target_config.txtpb`` compiles every case ahead of time for that device (it needs
 the CUDA plugin of JAX, and with ``MOSAIC_GPU_DUMP_PTXAS=1`` prints registers and spills); ``--interpret`` runs the
@@ -19,7 +20,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Case:
     window: int | None = None
     xla: bool = True
     variants: tuple[tuple[int | None, int | None], ...] = ((None, None),)  # splits and stages, None as chosen
+    fused: tuple[int, ...] = ()  # splits that are put together inside the kernel
 
     @property
     def width(self) -> int:
@@ -75,36 +77,28 @@ class Case:
         return int(seen.sum()) * self.groups * self.dim * 2 * 2
 
 
-def sweep(splits: tuple[int, ...], stages: tuple[int, ...]) -> tuple[tuple[int | None, int | None], ...]:
-    """What is chosen, then every combination of these."""
-    return ((None, None), *((a, b) for a in splits for b in stages))
-
-
+DEFAULT = (None, None)
+# The first cases are the ones that matter most: what does not fit the time is left out.
 CASES = (
-    Case(name="issue", batch=32, groups=8, heads=4, dim=128, context=4096, variants=sweep((1, 2, 4, 8), (2, 3, 6))),
-    Case(name="batch 64", batch=64, groups=8, heads=4, dim=128, context=4096, variants=sweep((1, 2, 4), (3, 6))),
-    Case(
-        name="mixed",
-        batch=32,
-        groups=8,
-        heads=4,
-        dim=128,
-        context=4096,
-        mixed=True,
-        variants=sweep((1, 4, 8, 16), (3,)),
-    ),
-    Case(name="short 1", batch=1, groups=8, heads=4, dim=128, context=512, variants=sweep((1, 2, 4), (3,))),
-    Case(name="short 16", batch=16, groups=8, heads=4, dim=128, context=512, variants=sweep((1, 2), (3,))),
-    Case(name="7B short 1", batch=1, groups=32, heads=1, dim=128, context=512, variants=sweep((1, 4), (3,))),
-    Case(name="7B short 16", batch=16, groups=32, heads=1, dim=128, context=512, variants=sweep((1, 2), (3,))),
-    Case(name="7B long 16", batch=16, groups=32, heads=1, dim=128, context=2048, variants=sweep((1, 2), (3,))),
-    Case(
-        name="long 1", batch=1, groups=8, heads=4, dim=128, context=32768, variants=sweep((16, 64), (3, 6)), xla=False
-    ),
-    Case(name="head 64", batch=32, groups=8, heads=8, dim=64, context=4096, variants=sweep((2,), (3, 6)), xla=False),
-    Case(name="head 256", batch=32, groups=8, heads=2, dim=256, context=2048, variants=sweep((2,), (2, 3)), xla=False),
+    Case(name="issue", batch=32, groups=8, heads=4, dim=128, context=4096,
+         variants=(DEFAULT, (1, 3), (2, 3), (4, 2), (4, 6), (8, 3))),
+    Case(name="short 1", batch=1, groups=8, heads=4, dim=128, context=512,
+         variants=(DEFAULT, (1, 3), (4, 2)), fused=(2, 4, 8)),
+    Case(name="short 16", batch=16, groups=8, heads=4, dim=128, context=512,
+         variants=(DEFAULT, (1, 3), (2, 3)), fused=(2, 4)),
+    Case(name="7B short 1", batch=1, groups=32, heads=1, dim=128, context=512,
+         variants=(DEFAULT, (1, 3), (4, 2)), fused=(2, 4, 8)),
+    Case(name="7B short 16", batch=16, groups=32, heads=1, dim=128, context=512, variants=(DEFAULT, (2, 3))),
+    Case(name="mixed", batch=32, groups=8, heads=4, dim=128, context=4096, mixed=True,
+         variants=(DEFAULT, (1, 3), (8, 3), (16, 3))),
+    Case(name="batch 64", batch=64, groups=8, heads=4, dim=128, context=4096, variants=(DEFAULT, (1, 3), (2, 3))),
+    Case(name="long 1", batch=1, groups=8, heads=4, dim=128, context=32768, xla=False,
+         variants=(DEFAULT, (16, 3), (16, 6), (64, 3))),
+    Case(name="7B long 16", batch=16, groups=32, heads=1, dim=128, context=2048, variants=(DEFAULT, (1, 3))),
+    Case(name="head 64", batch=32, groups=8, heads=8, dim=64, context=4096, variants=(DEFAULT, (2, 6)), xla=False),
+    Case(name="head 256", batch=32, groups=8, heads=2, dim=256, context=2048, variants=(DEFAULT, (2, 2)), xla=False),
     Case(name="window", batch=32, groups=8, heads=4, dim=128, context=4096, window=1024, xla=False),
-)
+)  # fmt: skip
 
 
 def config_of(case: Case, variant: tuple[int | None, int | None]) -> DecodeConfig:
@@ -148,32 +142,28 @@ def avals(case: Case, **placed: Any) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, dtype, **placed) for shape, dtype in shapes]
 
 
-def programs() -> list[tuple[Case, DecodeConfig | None]]:
-    """Every case with each of its configurations once, then with None for XLA."""
-    found: list[tuple[Case, DecodeConfig | None]] = []
-    for case in CASES:
-        configs = dict.fromkeys(config_of(case, variant) for variant in case.variants)
-        found += [(case, config) for config in configs]
-        if case.xla:
-            found.append((case, None))
-    return found
+def configs_of(case: Case, fused: bool) -> list[DecodeConfig | None]:
+    """Each configuration of a case once, then None for XLA; or those that combine splits inside the kernel."""
+    if fused:
+        return [DecodeConfig(splits=n, stages=min(2, case.width // n), fused=True) for n in case.fused]
+    found = [config_of(case, variant) for variant in case.variants]
+    return [*dict.fromkeys(found), *([None] if case.xla else [])]
 
 
-def compile_all(threads: int, **placed: Any) -> Iterator[tuple[Case, DecodeConfig | None, Any]]:
-    """Compile the programs, several at a time; what fails is given as its error."""
+def compile_case(
+    case: Case, fused: bool, pool: concurrent.futures.ThreadPoolExecutor, **placed: Any
+) -> list[tuple[DecodeConfig | None, Any]]:
+    """Compile what a case runs, several at a time and all of it before any is timed; a failure is given as its text."""
 
-    def one(program: tuple[Case, DecodeConfig | None]) -> Any:
+    def one(config: DecodeConfig | None) -> Any:
         try:
-            return jax.jit(chain(*program)).trace(*avals(program[0], **placed)).lower(
-                lowering_platforms=("cuda",)
-            ).compile()  # fmt: skip
+            traced = jax.jit(chain(case, config)).trace(*avals(case, **placed))
+            return traced.lower(lowering_platforms=("cuda",) if placed else None).compile()
         except Exception as error:  # one configuration that does not compile must not cost the rest
             return f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
 
-    found = programs()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for (case, config), result in zip(found, pool.map(one, found), strict=True):
-            yield case, config, result
+    configs = configs_of(case, fused)
+    return list(zip(configs, pool.map(one, configs), strict=True))
 
 
 def copy_bandwidth() -> float:
@@ -220,6 +210,7 @@ class Check:
     heads: int
     splits: int
     options: dict[str, Any] = field(default_factory=dict)
+    fused: bool = False
 
 
 CHECKS = (
@@ -233,6 +224,9 @@ CHECKS = (
     Check(dim=96, heads=3, splits=2, options={"alibi": (True, True)}),
     Check(dim=256, heads=1, splits=1, options={"softcap": 50.0, "window": 200}),
     Check(dim=256, heads=8, splits=3),
+    Check(dim=128, heads=4, splits=4, fused=True),
+    Check(dim=64, heads=8, splits=8, options={"sinks": True, "window": 100}, fused=True),
+    Check(dim=96, heads=1, splits=2, fused=True),
 )
 
 
@@ -261,7 +255,7 @@ def check(case: Check, dtype: Any, batch: int, groups: int, width: int) -> dict[
     stages = config_of(
         Case(name="", batch=batch, groups=groups, heads=case.heads, dim=case.dim, context=full), (case.splits, None)
     ).stages
-    config = DecodeConfig(splits=case.splits, stages=min(stages, 3))
+    config = DecodeConfig(splits=case.splits, stages=min(stages, 2 if case.fused else 3), fused=case.fused)
 
     def run(implementation: Any, dtype: Any, blocks: list[np.ndarray]) -> np.ndarray:
         given = [jnp.asarray(array, jnp.bfloat16).astype(dtype) for array in (query, *blocks)]
@@ -289,11 +283,13 @@ def check(case: Check, dtype: Any, batch: int, groups: int, width: int) -> dict[
     }  # fmt: skip
 
 
-def checks(*, small: bool) -> list[dict[str, Any]]:
-    """All checks, alternating dtypes."""
+def checks(*, small: bool, fused: bool) -> list[dict[str, Any]]:
+    """The checks of splits put together outside or inside the kernel; small ones alternate dtypes."""
     batch, groups, width = (2, 1, 3) if small else (16, 2, 9)
     found = []
     for number, case in enumerate(CHECKS):
+        if case.fused != fused:
+            continue
         for dtype in (jnp.bfloat16, jnp.float16) if not small else ((jnp.bfloat16, jnp.float16)[number % 2],):
             try:
                 found.append(check(case, dtype, batch, groups, width))
@@ -326,19 +322,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
     parser.add_argument("--budget", type=float, default=100.0, help="seconds after which no further case is timed")
     parser.add_argument("--compile-for", type=Path, metavar="TARGET_CONFIG")
+    parser.add_argument("--fused", action="store_true", help="only splits that are put together inside the kernel")
     parser.add_argument("--interpret", action="store_true")
     asked = parser.parse_args()
     started = time.monotonic()
     if asked.interpret:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-            assert all(found.get("right") for found in checks(small=True))
+            assert all(found.get("right") for found in checks(small=True, fused=False))
         return
     if asked.compile_for:
         placed = target(asked.compile_for)
-        for case, config, compiled in compile_all(asked.threads, **placed):
-            print(case.name, config, compiled if isinstance(compiled, str) else "compiled", flush=True)
+        with concurrent.futures.ThreadPoolExecutor(asked.threads) as pool:
+            for case in CASES:
+                for config, compiled in (
+                    *compile_case(case, False, pool, **placed),
+                    *compile_case(case, True, pool, **placed),
+                ):
+                    print(case.name, config, compiled if isinstance(compiled, str) else "compiled", flush=True)
         return
-    found: dict[str, Any] = {"machine": machine.describe(), "checks": checks(small=False), "times": []}
+    found: dict[str, Any] = {
+        "machine": machine.describe(),
+        "checks": checks(small=False, fused=asked.fused),
+        "times": [],
+    }
 
     def keep() -> None:
         found["seconds"] = time.monotonic() - started
@@ -350,42 +356,51 @@ def main() -> None:
     spent = time.monotonic() - started
     print(f"{found['machine']['device']}: copy {bandwidth / 1e12:.2f} TB/s; checks took {spent:.0f} s")
     keep()
-    pools: tuple[Any, ...] = ()
-    for case, config, compiled in compile_all(asked.threads):
-        record: dict[str, Any] = {
-            "case": asdict(case) | {"variants": None}, "config": None if config is None else asdict(config),
-            "default": config is not None and config == config_of(case, (None, None)),
-        }  # fmt: skip
-        found["times"].append(record)
-        if time.monotonic() - started > asked.budget:
-            record["failed"] = "out of time"
-            continue
-        if isinstance(compiled, str):
-            record["failed"] = compiled
-        else:
+    blocks: tuple[Any, ...] = ()
+    with concurrent.futures.ThreadPoolExecutor(asked.threads) as pool:
+        for case in (case for case in CASES if case.fused or not asked.fused):
+            if time.monotonic() - started > asked.budget:
+                print(f"{case.name}: out of time")
+                continue
             shape = avals(case)[1].shape
-            if not pools or pools[0].shape != shape:
-                pools = ()  # free before the next
-                pools = tuple(
-                    jax.jit(lambda s=s, n=shape: jax.random.normal(jax.random.key(s), n, jnp.bfloat16))()
-                    for s in (0, 1)
-                )
-            try:
-                seconds = measure(case, compiled, *pools)
-                record |= {
-                    "us": seconds * 1e6, "limit_us": case.bytes() / bandwidth * 1e6,
-                    "share": case.bytes() / bandwidth / seconds, "terabytes_per_second": case.bytes() / seconds / 1e12,
-                }  # fmt: skip
-            except Exception as error:
-                record["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-        who = "XLA" if config is None else f"splits {config.splits:2} stages {config.stages}"
-        mark = " *" if record["default"] else ""
-        told = (
-            record.get("failed") or f"{record['us']:8.1f} us  limit {record['limit_us']:6.1f}  {record['share']:5.0%}"
-        )
-        print(f"{case.name:12} {who:20} {told}{mark}", flush=True)
-        keep()
+            if not blocks or blocks[0].shape != shape:
+                blocks = ()  # freed before the next are made
+                blocks = random_blocks(shape)
+            for config, compiled in compile_case(case, asked.fused, pool):
+                record = time_one(case, config, compiled, blocks, bandwidth)
+                found["times"].append(record)
+                keep()
     print(f"{time.monotonic() - started:.0f} s")
+
+
+def random_blocks(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Keys and values made on the device."""
+    make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
+    return make(jax.random.key(0)), make(jax.random.key(1))
+
+
+def time_one(case: Case, config: DecodeConfig | None, compiled: Any, blocks: Any, bandwidth: float) -> dict[str, Any]:
+    """Time one configuration of a case, beside what its bytes cost at the bandwidth of a copy."""
+    record: dict[str, Any] = {
+        "case": {name: value for name, value in asdict(case).items() if name not in ("variants", "fused")},
+        "config": None if config is None else asdict(config),
+        "default": config is not None and config == config_of(case, DEFAULT),
+    }
+    try:
+        if isinstance(compiled, str):
+            raise RuntimeError(compiled)
+        seconds = measure(case, compiled, *blocks)
+        limit = case.bytes() / bandwidth
+        record |= {
+            "us": seconds * 1e6, "limit_us": limit * 1e6, "share": limit / seconds,
+            "terabytes_per_second": case.bytes() / seconds / 1e12,
+        }  # fmt: skip
+    except Exception as error:  # a failure is a finding: go on
+        record["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+    who = "XLA" if config is None else f"splits {config.splits:2} stages {config.stages}{' fused' * config.fused}"
+    told = record.get("failed") or f"{record['us']:8.1f} us  limit {record['limit_us']:6.1f}  {record['share']:5.0%}"
+    print(f"{case.name:12} {who:26} {told}{' *' * record['default']}", flush=True)
+    return record
 
 
 if __name__ == "__main__":

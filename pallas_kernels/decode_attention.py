@@ -103,6 +103,8 @@ def decode_attention(
         )
     if config.splits < 1 or config.stages < 1:
         raise ValueError(f"config: splits and stages must be at least 1, got {config}")
+    if config.fused and not 2 <= config.splits <= 8:
+        raise ValueError(f"config: a fused combination takes 2 to 8 splits, got {config}")
     splits = split_attention(
         query, key_blocks, value_blocks, tables, lengths, config,
         scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
@@ -121,8 +123,8 @@ def _check(
     sinks: jax.Array | None,
 ) -> None:
     """Refuse arguments that do not fit together."""
-    if query.ndim != 4:
-        raise ValueError(f"query must be [B, G, R, D], got {query.shape}")
+    if query.ndim != 4 or 0 in query.shape:
+        raise ValueError(f"query must be [B, G, R, D], none of them 0, got {query.shape}")
     batch, groups, heads_per_key, dim = query.shape
     for name, blocks in (("key_blocks", key_blocks), ("value_blocks", value_blocks)):
         if blocks.ndim != 4 or blocks.shape[1:] != (groups, BLOCK_SIZE, dim):

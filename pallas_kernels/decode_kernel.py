@@ -9,6 +9,7 @@ splits; each gives an unnormalised output, a maximum and a sum, which one fusion
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,13 @@ class DecodeConfig:
     Attributes:
         splits: programs that share the blocks of one sequence and head.
         stages: blocks of keys, and as many of values, in flight in each program.
+        fused: the splits, 2 to 8, are a cluster whose first program is sent what the others found, over distributed
+            shared memory, and puts it together; no second kernel. Interpret mode cannot run it.
     """
 
     splits: int
     stages: int
+    fused: bool = False
 
 
 def columns_of(heads_per_key: int) -> int:
@@ -54,7 +58,7 @@ def block_range(lengths: Any, *, width: int, splits: int, window: int | None) ->
     The kernel and the combination of its splits both ask here, so that they agree on which splits there are.
     """
     last = jnp.minimum(_cdiv(lengths, BLOCK_SIZE), width)
-    first = jnp.zeros_like(lengths)
+    first: Any = 0  # not an array: Mosaic cannot capture a scalar that it finds to be constant
     if window is not None:
         # Compared before subtracted: a window may be as large as int32 goes.
         first = lax.div(jnp.maximum(lengths - min(window, width * BLOCK_SIZE), 0), jnp.int32(BLOCK_SIZE))
@@ -95,16 +99,18 @@ def split_attention(
     scores_shape, layout = (BLOCK_SIZE, columns), plgpu.Layout.WGMMA
     # The rows of wgmma come in 64s. Where they do not divide the head, two products overlap: 0..63 and D-64..D-1.
     parts = ((0, dim),) if dim % 64 == 0 else ((0, 64), (dim - 64, 64))
+    whole = splits == 1 or config.fused
     padding = ((0, 0), (0, columns - heads))
     rows: dict[str, jax.Array] = {}
     if bias is not None:
         slopes = bias.slopes.astype(jnp.float32)
         rows["slopes"] = jnp.pad(lax.reduce_precision(slopes, 8, 7) if bias.bfloat16 else slopes, padding)
-    if sinks is not None and splits == 1:
+    if sinks is not None and whole:
         rows["sinks"] = jnp.pad(sinks.astype(jnp.float32) * LOG2E, padding)
-    whole = splits == 1
     out_type: dict[str, Any] = {
-        "out": jax.ShapeDtypeStruct((batch, groups, splits, heads, dim), dtype if whole else jnp.float32)
+        "out": jax.ShapeDtypeStruct(
+            (batch, groups, 1 if whole else splits, heads, dim), dtype if whole else jnp.float32
+        )
     }
     if not whole:
         out_type |= {
@@ -120,7 +126,7 @@ def split_attention(
     def decode_attention_kernel(
         query_gmem: Any, keys_gmem: Any, values_gmem: Any, tables_gmem: Any, lengths_gmem: Any, rows_gmem: Any,
         out_gmem: Any, query_smem: Any, keys_smem: Any, values_smem: Any, weights_smem: Any, out_smem: Any,
-        query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any, values_used: Any,
+        query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any, values_used: Any, sent: Any = (),
     ) -> None:  # fmt: skip
         sequence, group, split = (lax.axis_index(name) for name in ("sequence", "group", "split"))
         warpgroup = lax.axis_index("warpgroup")
@@ -252,7 +258,44 @@ def split_attention(
             plgpu.barrier_wait(query_ready)
             outs, maximum, total = lax.fori_loop(0, count, step, (zeros, maximum, total))
             total = total.sum(axis=0)
-            if whole:
+            if not config.fused:
+                finish(outs, maximum, total)
+                return
+            found, places, arrived = sent
+            factor = jnp.where(total > 0, 1 / total, 0.0)
+            # Of a split without keys, NEVER: no other has less. As a matrix, so that all that follows is elementwise.
+            place = jnp.where(total > 0, maximum + jnp.log(jnp.maximum(total, 1e-30)) * LOG2E, NEVER)
+            for number, (out, (_, size)) in enumerate(zip(outs, parts, strict=True)):
+                for value, target in ((out * across(factor, size), found), (across(place, size), places)):
+                    plgpu.async_store_smem(
+                        plgpu.layout_cast(value, layout), target[number].at[split], arrived,
+                        cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False,
+                    )  # fmt: skip
+            pl.when(split == 0)(lambda: gather(sent))
+
+        def gather(sent: Any) -> None:
+            """Put together what the programs of this cluster sent."""
+            found, places, arrived = sent
+            plgpu.barrier_wait(arrived)
+            outs = []
+            for values, at, (_, size) in zip(found, places, parts, strict=True):
+                tops = [plgpu.load(at.at[peer], layout=layout, optimized=False) for peer in range(splits)]
+                top = functools.reduce(jnp.maximum, tops)
+                if "sinks" in rows:
+                    sink = across(load_row(rows_gmem["sinks"].at[group]), size)
+                    top = jnp.maximum(top, sink)
+                total = jnp.exp2(sink - top) if "sinks" in rows else jnp.zeros_like(top)
+                out = jnp.zeros_like(top)
+                for peer in range(splits):
+                    weight = jnp.exp2(tops[peer] - top)
+                    total = total + weight
+                    out = out + weight * plgpu.load(values.at[peer], layout=layout, optimized=False)
+                outs.append(out / total)
+            write(outs)
+
+        def finish(outs: Any, maximum: Any, total: Any) -> None:
+            """Write the result, or this split's share of it."""
+            if splits == 1:
                 if "sinks" in rows:
                     sink = load_row(rows_gmem["sinks"].at[group])
                     raised = jnp.maximum(maximum, sink)
@@ -264,11 +307,14 @@ def split_attention(
             else:
                 out_gmem["maxima"][sequence, group, split] = maximum
                 out_gmem["sums"][sequence, group, split] = total
+            write(outs)
+
+        def write(outs: Any) -> None:
             for out, staged in zip(outs, out_smem, strict=True):
                 staged.T[...] = plgpu.layout_cast(out.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             for staged, (offset, size) in zip(out_smem, parts, strict=True):
-                target = out_gmem["out"].at[sequence, group, split]
+                target = out_gmem["out"].at[sequence, group, 0 if whole else split]
                 if size != dim:
                     target = target.at[:, pl.ds(offset, size)]
                 plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, heads)], target)
@@ -284,6 +330,9 @@ def split_attention(
             pl.when(count > 0)(work)
 
     block = (stages, BLOCK_SIZE, dim)
+    tiles = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)  # type: ignore[abstract]
+    matrices = [plgpu.SMEM((splits, size, columns), jnp.float32, transforms=tiles) for _, size in parts]
+    sent = (matrices, matrices, plgpu.Barrier(num_arrivals=2 * splits * len(parts)))
     results = plgpu.kernel(
         decode_attention_kernel,
         out_type=out_type,
@@ -296,9 +345,12 @@ def split_attention(
             [plgpu.SMEM((columns, size), out_type["out"].dtype) for _, size in parts],
             plgpu.Barrier(),
             *(plgpu.Barrier(num_barriers=stages) for _ in range(4)),
+            *([sent] if config.fused else []),
         ],
-        grid=(batch, groups, splits),
-        grid_names=("sequence", "group", "split"),
+        grid=(batch, groups) if config.fused else (batch, groups, splits),
+        grid_names=("sequence", "group") if config.fused else ("sequence", "group", "split"),
+        cluster=(splits,) if config.fused else (),
+        cluster_names=("split",) if config.fused else (),
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
@@ -308,5 +360,5 @@ def split_attention(
     first, last, share = block_range(
         jnp.minimum(lengths, width * BLOCK_SIZE), width=width, splits=splits, window=window
     )
-    start = first[:, None] + jnp.arange(splits, dtype=jnp.int32) * share[:, None]
+    start = jnp.broadcast_to(first, lengths.shape)[:, None] + jnp.arange(splits, dtype=jnp.int32) * share[:, None]
     return results["out"], results["maxima"][..., :heads], results["sums"][..., :heads], start < last[:, None]
