@@ -224,6 +224,8 @@ CHECKS = (
     Check(dim=96, heads=3, splits=2, options={"alibi": (True, True)}),
     Check(dim=256, heads=1, splits=1, options={"softcap": 50.0, "window": 200}),
     Check(dim=256, heads=8, splits=3),
+    Check(dim=96, heads=8, splits=1),
+    Check(dim=128, heads=64, splits=1, options={"softcap": 30.0, "alibi": (False, True)}),
     Check(dim=128, heads=4, splits=4, fused=True),
     Check(dim=64, heads=8, splits=8, options={"sinks": True, "window": 100}, fused=True),
     Check(dim=96, heads=1, splits=2, fused=True),

@@ -18,15 +18,15 @@ from pallas_kernels.decode_kernel import LOG2E, NEVER, DecodeConfig, columns_of,
 
 DecodeImplementation = Literal["mosaic", "reference"]
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_HEADS_BY_DIM = 8192
-"""Largest R (rounded up to 8) times D: the output of a program lives in registers, 64 of them a thread at this."""
+MAX_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
+"""Largest R by head_dim: scores and output of a program live in registers, which spill beyond it."""
 SMEM_BYTES = 227 * 1024
 """Shared memory that a Hopper SM gives to programs."""
 SMS = 132
 RUNS = (
-    f"mosaic runs on Hopper with bfloat16 or float16, head_dim {', '.join(map(str, HEAD_DIMS))}, blocks of "
-    f"{BLOCK_SIZE} tokens, and R rounded up to 8 times head_dim up to {MAX_HEADS_BY_DIM}; reference runs everywhere"
+    "mosaic runs on Hopper with bfloat16 or float16 and query heads a key head up to "
+    + ", ".join(f"{heads} at head_dim {dim}" for dim, heads in MAX_HEADS.items())
+    + "; reference runs everywhere"
 )
 
 
@@ -153,9 +153,9 @@ def _check_mosaic(query: jax.Array, key_blocks: jax.Array, value_blocks: jax.Arr
         problem = "mixed dtypes " + ", ".join(sorted(str(dtype) for dtype in dtypes))
     elif query.dtype not in (jnp.bfloat16, jnp.float16):
         problem = f"dtype {query.dtype}"
-    elif dim not in HEAD_DIMS:
+    elif dim not in MAX_HEADS:
         problem = f"head_dim {dim}"
-    elif columns_of(heads_per_key) * dim > MAX_HEADS_BY_DIM:
+    elif heads_per_key > MAX_HEADS[dim]:
         problem = f"{heads_per_key} query heads a key head with head_dim {dim}"
     if problem is not None:
         raise ValueError(f"decode_attention: implementation 'mosaic' does not run {problem}; {RUNS}")

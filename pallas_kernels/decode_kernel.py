@@ -330,6 +330,11 @@ def split_attention(
             pl.when(count > 0)(work)
 
     block = (stages, BLOCK_SIZE, dim)
+    staging: tuple[Any, ...] = ()
+    if dim % 64 and heads % 8 == 0:
+        # Left to itself Mosaic tiles what can be tiled by 64, which does not divide the result's rows.
+        tile = 32 // out_type["out"].dtype.itemsize
+        staging = plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(32)  # type: ignore[abstract]
     tiles = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)  # type: ignore[abstract]
     matrices = [plgpu.SMEM((splits, size, columns), jnp.float32, transforms=tiles) for _, size in parts]
     sent = (matrices, matrices, plgpu.Barrier(num_arrivals=2 * splits * len(parts)))
@@ -342,7 +347,7 @@ def split_attention(
             plgpu.SMEM(block, dtype, transforms=_transforms(dim)),
             # wgmma has one swizzle for both operands.
             plgpu.SMEM((columns, BLOCK_SIZE), dtype, transforms=_transforms(math.gcd(dim, BLOCK_SIZE))),
-            [plgpu.SMEM((columns, size), out_type["out"].dtype) for _, size in parts],
+            [plgpu.SMEM((columns, size), out_type["out"].dtype, transforms=staging) for _, size in parts],
             plgpu.Barrier(),
             *(plgpu.Barrier(num_barriers=stages) for _ in range(4)),
             *([sent] if config.fused else []),

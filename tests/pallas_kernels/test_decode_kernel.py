@@ -34,6 +34,7 @@ INTERPRETED: list[tuple[int, int, int, int, int, int, int, dict[str, Any], Any]]
     (2, 1, 9, 64, 4, 2, 3, {"softcap": 2.0, "sinks": True}, jnp.float16),
     (1, 1, 2, 80, 3, 1, 2, {"slopes": True, "sinks": True}, jnp.bfloat16),
     (1, 1, 2, 96, 3, 2, 2, {"window": 1}, jnp.float16),
+    (1, 1, 8, 96, 3, 1, 1, {}, jnp.bfloat16),
     (1, 1, 3, 256, 3, 3, 2, {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
 ]
 
