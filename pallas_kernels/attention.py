@@ -93,6 +93,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     bias: Bias | None = None,
+    sinks: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of queries over keys that start at position 0.
@@ -106,6 +107,7 @@ def attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         window: a query sees itself and the ``window - 1`` keys before it.
         bias: ALiBi.
+        sinks: [G, R] logits that take part in the softmax and have no value.
         implementation: ``dot`` uses matrix products, ``reduce`` multiplies and sums, which XLA fuses with the gather of
             the blocks; None picks as :func:`pallas_kernels.choices` says.
 
@@ -123,7 +125,7 @@ def attention(
     value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
 
     def attend(some: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(*some, key, value, positions, scale, softcap, window, bias, implementation)
+        return _attend(*some, key, value, positions, scale, softcap, window, bias, sinks, implementation)
 
     batch, tokens, groups, per_key, dim = query.shape
     tile = query_tile(batch * groups * per_key, tokens, key.shape[2])
@@ -158,6 +160,7 @@ def _attend(
     softcap: float | None,
     window: int | None,
     bias: Bias | None,
+    sinks: jax.Array | None,
     implementation: str,
 ) -> jax.Array:
     """Attend with all scores [B, G, R, T, S] in memory; see :func:`attention`."""
@@ -179,7 +182,12 @@ def _attend(
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     if implementation == "dot":
         out = einsum_f32("bgrts,bgsd->btgrd", weights.astype(value.dtype), value)
     else:
@@ -199,6 +207,7 @@ def paged_attention(
     softcap: float | None = None,
     window: int | None = None,
     bias: Bias | None = None,
+    sinks: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention of queries over the blocks of their sequences; one query token is decode, several are prefill.
@@ -208,7 +217,7 @@ def paged_attention(
         key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
         tables: int32 [B, W]; entries past a sequence's length may name any block.
         query_positions: int32 [B, T], as in :func:`attention`.
-        scale, softcap, window, bias, implementation: as in :func:`attention`.
+        scale, softcap, window, bias, sinks, implementation: as in :func:`attention`.
 
     Returns:
         [B, T, G, R, D] in the dtype of ``query``.
@@ -222,5 +231,6 @@ def paged_attention(
         softcap=softcap,
         window=window,
         bias=bias,
+        sinks=sinks,
         implementation=implementation,
     )

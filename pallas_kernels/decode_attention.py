@@ -1,0 +1,212 @@
+"""Decode attention over a blocked KV cache: one query token a sequence, split over its blocks.
+
+The kernel (:mod:`pallas_kernels.decode_kernel`), its ``jax.numpy`` reference, and what chooses between them. Shapes as
+in :mod:`pallas_kernels.attention`: ``B`` sequences, ``G`` key/value heads, ``R`` query heads per key/value head, ``D``
+entries a head, ``W`` blocks in a table row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import BLOCK_SIZE, Bias, paged_attention
+from pallas_kernels.decode_kernel import LOG2E, NEVER, DecodeConfig, columns_of, split_attention
+
+DecodeImplementation = Literal["mosaic", "reference"]
+
+MAX_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
+"""Largest R by head_dim: scores and output of a program live in registers, which spill beyond it."""
+SMEM_BYTES = 227 * 1024
+"""Shared memory that a Hopper SM gives to programs."""
+SMS = 132
+RUNS = (
+    "mosaic runs on Hopper with bfloat16 or float16 and query heads a key head up to "
+    + ", ".join(f"{heads} at head_dim {dim}" for dim, heads in MAX_HEADS.items())
+    + "; reference runs everywhere"
+)
+
+
+def decode_config(
+    *, batch: int, groups: int, heads_per_key: int, width: int, head_dim: int, sms: int = SMS
+) -> DecodeConfig:
+    """Choose splits and stages.
+
+    Two programs for each SM at least, so that one starts while another streams, and splits of at most 16 blocks, so
+    that one long sequence in a batch does not run on alone. Stages take half of an SM's shared memory: 96 KiB in
+    flight in each of two programs, where 23 KiB an SM hide the latency of HBM in the mean. Derived, not yet measured.
+    """
+    splits = max(math.ceil(2 * sms / (batch * groups)), math.ceil(width / 16))
+    splits = min(splits, width, 32)
+    columns = columns_of(heads_per_key)
+    fixed = columns * (head_dim * 6 + 2 * BLOCK_SIZE) + 4096
+    stage = 4 * BLOCK_SIZE * head_dim
+    stages = (SMEM_BYTES // 2 - 1024 - fixed) // stage
+    if stages < 2:
+        stages = (SMEM_BYTES - 1024 - fixed) // stage
+    return DecodeConfig(splits=splits, stages=max(1, min(stages, 8, math.ceil(width / splits))))
+
+
+def decode_attention(
+    query: jax.Array,
+    key_blocks: jax.Array,
+    value_blocks: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    bias: Bias | None = None,
+    sinks: jax.Array | None = None,
+    implementation: DecodeImplementation | None = None,
+    config: DecodeConfig | None = None,
+) -> jax.Array:
+    """Attention of one query token a sequence over the blocks of that sequence.
+
+    Args:
+        query: [B, G, R, D].
+        key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
+        tables: int32 [B, W]; entries past a sequence's length may name any block, and what lies there is not read.
+        lengths: int32 [B], tokens of each sequence, its query's included; at most W * 64. 0 marks an idle row, whose
+            result is zero.
+        scale: multiplies the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        window: a query sees itself and the ``window - 1`` keys before it; blocks before them are not read.
+        bias: ALiBi, slopes [G, R].
+        sinks: [G, R] logits that take part in the softmax and have no value (as in GPT-OSS).
+        implementation: ``mosaic`` or ``reference``; None is ``reference``, until the kernel has been measured.
+        config: how ``mosaic`` divides its work; None asks :func:`decode_config`.
+
+    Returns:
+        [B, G, R, D] in the dtype of ``query``. Scores and softmax are float32.
+
+    Raises:
+        ValueError: arguments that do not fit together, or that the named implementation cannot run.
+    """
+    _check(query, key_blocks, value_blocks, tables, lengths, window, bias, sinks)
+    if implementation is None or implementation == "reference":
+        return _reference(
+            query, key_blocks, value_blocks, tables, lengths,
+            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+        )  # fmt: skip
+    if implementation != "mosaic":
+        raise ValueError(f"implementation must be 'mosaic', 'reference' or None, got {implementation!r}")
+    _check_mosaic(query, key_blocks, value_blocks)
+    if config is None:
+        batch, groups, heads_per_key, dim = query.shape
+        config = decode_config(
+            batch=batch, groups=groups, heads_per_key=heads_per_key, width=tables.shape[1], head_dim=dim
+        )
+    if config.splits < 1 or config.stages < 1:
+        raise ValueError(f"config: splits and stages must be at least 1, got {config}")
+    if config.fused and not 2 <= config.splits <= 8:
+        raise ValueError(f"config: a fused combination takes 2 to 8 splits, got {config}")
+    splits = split_attention(
+        query, key_blocks, value_blocks, tables, lengths, config,
+        scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+    )  # fmt: skip
+    return splits if isinstance(splits, jax.Array) else _combine(*splits, sinks, query.dtype)
+
+
+def _check(
+    query: jax.Array,
+    key_blocks: jax.Array,
+    value_blocks: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    window: int | None,
+    bias: Bias | None,
+    sinks: jax.Array | None,
+) -> None:
+    """Refuse arguments that do not fit together."""
+    if query.ndim != 4 or 0 in query.shape:
+        raise ValueError(f"query must be [B, G, R, D], none of them 0, got {query.shape}")
+    batch, groups, heads_per_key, dim = query.shape
+    for name, blocks in (("key_blocks", key_blocks), ("value_blocks", value_blocks)):
+        if blocks.ndim != 4 or blocks.shape[1:] != (groups, BLOCK_SIZE, dim):
+            raise ValueError(
+                f"{name} must be [N, {groups}, {BLOCK_SIZE}, {dim}] for query {query.shape}, got {blocks.shape}"
+            )
+    if key_blocks.shape != value_blocks.shape:
+        raise ValueError(f"key_blocks {key_blocks.shape} and value_blocks {value_blocks.shape} differ")
+    if tables.ndim != 2 or tables.shape[0] != batch or tables.shape[1] == 0 or tables.dtype != jnp.int32:
+        raise ValueError(f"tables must be int32 [{batch}, W] with W > 0, got {tables.dtype} {tables.shape}")
+    if lengths.shape != (batch,) or lengths.dtype != jnp.int32:
+        raise ValueError(f"lengths must be int32 [{batch}], got {lengths.dtype} {lengths.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    for name, array in (("bias.slopes", None if bias is None else bias.slopes), ("sinks", sinks)):
+        if array is not None and array.shape != (groups, heads_per_key):
+            raise ValueError(f"{name} must be [{groups}, {heads_per_key}], got {array.shape}")
+
+
+def _check_mosaic(query: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array) -> None:
+    """Refuse what the kernel cannot run."""
+    _, _, heads_per_key, dim = query.shape
+    dtypes = {query.dtype, key_blocks.dtype, value_blocks.dtype}
+    problem = None
+    if len(dtypes) > 1:
+        problem = "mixed dtypes " + ", ".join(sorted(str(dtype) for dtype in dtypes))
+    elif query.dtype not in (jnp.bfloat16, jnp.float16):
+        problem = f"dtype {query.dtype}"
+    elif dim not in MAX_HEADS:
+        problem = f"head_dim {dim}"
+    elif heads_per_key > MAX_HEADS[dim]:
+        problem = f"{heads_per_key} query heads a key head with head_dim {dim}"
+    if problem is not None:
+        raise ValueError(f"decode_attention: implementation 'mosaic' does not run {problem}; {RUNS}")
+
+
+def _reference(
+    query: jax.Array,
+    key_blocks: jax.Array,
+    value_blocks: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    bias: Bias | None,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """The same by :func:`pallas_kernels.attention.paged_attention`."""
+    lengths = jnp.minimum(lengths, tables.shape[1] * BLOCK_SIZE)
+    out = paged_attention(
+        query[:, None], key_blocks, value_blocks, tables, lengths[:, None] - 1,
+        scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+    )[:, 0]  # fmt: skip
+    return jnp.where((lengths > 0)[:, None, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _combine(
+    outs: jax.Array,
+    maxima: jax.Array,
+    sums: jax.Array,
+    active: jax.Array,
+    sinks: jax.Array | None,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Put splits together: [B, G, S, R, D], maxima in log2 and sums [B, G, S, R], active [B, S] to [B, G, R, D]."""
+    active = active[:, None, :, None]
+    # What an idle split left in memory may be anything, NaN included.
+    maxima, sums = jnp.where(active, maxima, NEVER), jnp.where(active, sums, 0.0)
+    outs = jnp.where(active[..., None], outs, 0.0)
+    splits = outs.shape[2]
+    # Slice by slice: reductions would be three kernels where elementwise operations are one.
+    top = maxima[:, :, 0]
+    for split in range(1, splits):
+        top = jnp.maximum(top, maxima[:, :, split])
+    if sinks is not None:
+        top = jnp.maximum(top, sinks.astype(jnp.float32) * LOG2E)
+    total = jnp.zeros_like(top) if sinks is None else jnp.exp2(sinks.astype(jnp.float32) * LOG2E - top)
+    out = jnp.zeros_like(outs[:, :, 0])
+    for split in range(splits):
+        factor = jnp.exp2(maxima[:, :, split] - top)
+        total = total + factor * sums[:, :, split]
+        out = out + factor[..., None] * outs[:, :, split]
+    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(dtype)

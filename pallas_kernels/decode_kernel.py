@@ -1,0 +1,369 @@
+"""The Hopper kernel of :func:`pallas_kernels.decode_attention.decode_attention`, in Mosaic GPU.
+
+How the kernel works: a program serves one (sequence, key/value head, split). Its second warpgroup walks the block
+table and keeps a ring of TMA copies in flight; its first computes, for each block, the scores as ``K q^T`` and the
+output as ``V^T p^T``. Keys are the 64 rows of wgmma and query heads its columns, so a few query heads cost the tensor
+cores and the softmax 8 columns, where heads as rows would cost 64. A sequence's blocks are divided evenly among the
+splits; each gives an unnormalised output, a maximum and a sum, which one fusion of XLA puts together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import BLOCK_SIZE, Bias
+
+LOG2E = math.log2(math.e)
+NEVER = -1e30
+"""Score of a hidden key, and the maximum before the first key: finite, and exp2 of it is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How the kernel divides its work.
+
+    Attributes:
+        splits: programs that share the blocks of one sequence and head.
+        stages: blocks of keys, and as many of values, in flight in each program.
+        fused: the splits, 2 to 8, are a cluster whose first program is sent what the others found, over distributed
+            shared memory, and puts it together; no second kernel. Interpret mode cannot run it.
+    """
+
+    splits: int
+    stages: int
+    fused: bool = False
+
+
+def columns_of(heads_per_key: int) -> int:
+    """Columns of wgmma that the query heads of a key head take."""
+    return -(-heads_per_key // 8) * 8
+
+
+def _cdiv(a: Any, b: int) -> Any:
+    return lax.div(a + (b - 1), jnp.int32(b))
+
+
+def block_range(lengths: Any, *, width: int, splits: int, window: int | None) -> tuple[Any, Any, Any]:
+    """First block that is read, the block after the last, and blocks a split, for sequences of these lengths.
+
+    The kernel and the combination of its splits both ask here, so that they agree on which splits there are.
+    """
+    last = jnp.minimum(_cdiv(lengths, BLOCK_SIZE), width)
+    first: Any = 0  # not an array: Mosaic cannot capture a scalar that it finds to be constant
+    if window is not None:
+        # Compared before subtracted: a window may be as large as int32 goes.
+        first = lax.div(jnp.maximum(lengths - min(window, width * BLOCK_SIZE), 0), jnp.int32(BLOCK_SIZE))
+        first = jnp.minimum(first, last)
+    return first, last, _cdiv(last - first, splits)
+
+
+def _transforms(columns: int) -> tuple[Any, ...]:
+    """How a matrix of 16-bit entries lies in shared memory: tiles as wide as the widest swizzle that divides a row."""
+    tile = next(tile for tile in (64, 32, 16) if columns % tile == 0)
+    return plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(2 * tile)  # type: ignore[abstract]
+
+
+def split_attention(
+    query: jax.Array,
+    key_blocks: jax.Array,
+    value_blocks: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    config: DecodeConfig,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    bias: Bias | None,
+    sinks: jax.Array | None,
+) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Run the kernel; arguments as in :func:`pallas_kernels.decode_attention.decode_attention`, checked by it.
+
+    Returns:
+        The result [B, G, R, D] where there is one split. Else float32 unnormalised results [B, G, S, R, D], their
+        maxima in units of log2 and their sums [B, G, S, R], and which splits have any of it, bool [B, S]: what the
+        others left in memory may be anything.
+    """
+    batch, groups, heads, dim = query.shape
+    width, num_blocks = tables.shape[1], key_blocks.shape[0]
+    dtype, columns, splits, stages = query.dtype, columns_of(heads), config.splits, config.stages
+    scores_shape, layout = (BLOCK_SIZE, columns), plgpu.Layout.WGMMA
+    # The rows of wgmma come in 64s. Where they do not divide the head, two products overlap: 0..63 and D-64..D-1.
+    parts = ((0, dim),) if dim % 64 == 0 else ((0, 64), (dim - 64, 64))
+    whole = splits == 1 or config.fused
+    padding = ((0, 0), (0, columns - heads))
+    rows: dict[str, jax.Array] = {}
+    if bias is not None:
+        slopes = bias.slopes.astype(jnp.float32)
+        rows["slopes"] = jnp.pad(lax.reduce_precision(slopes, 8, 7) if bias.bfloat16 else slopes, padding)
+    if sinks is not None and whole:
+        rows["sinks"] = jnp.pad(sinks.astype(jnp.float32) * LOG2E, padding)
+    out_type: dict[str, Any] = {
+        "out": jax.ShapeDtypeStruct(
+            (batch, groups, 1 if whole else splits, heads, dim), dtype if whole else jnp.float32
+        )
+    }
+    if not whole:
+        out_type |= {
+            name: jax.ShapeDtypeStruct((batch, groups, splits, columns), jnp.float32) for name in ("maxima", "sums")
+        }
+
+    def across(row: Any, size: int) -> Any:
+        return lax.broadcast_in_dim(row, (size, columns), [1])
+
+    def load_row(ref: Any) -> Any:
+        return plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+
+    def decode_attention_kernel(
+        query_gmem: Any, keys_gmem: Any, values_gmem: Any, tables_gmem: Any, lengths_gmem: Any, rows_gmem: Any,
+        out_gmem: Any, query_smem: Any, keys_smem: Any, values_smem: Any, weights_smem: Any, out_smem: Any,
+        query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any, values_used: Any, sent: Any = (),
+    ) -> None:  # fmt: skip
+        sequence, group, split = (lax.axis_index(name) for name in ("sequence", "group", "split"))
+        warpgroup = lax.axis_index("warpgroup")
+        length = jnp.minimum(lengths_gmem[sequence], width * BLOCK_SIZE)
+        first, last, share = block_range(length, width=width, splits=splits, window=window)
+        start = first + split * share
+        count = jnp.minimum(share, last - start)
+
+        def block_at(index: Any) -> Any:
+            # In bounds whatever the table says, as in the reference.
+            return jnp.clip(tables_gmem[sequence, jnp.minimum(start + index, width - 1)], 0, num_blocks - 1)
+
+        def copy_keys(block: Any, slot: Any) -> None:
+            plgpu.copy_gmem_to_smem(keys_gmem.at[block, group], keys_smem.at[slot], keys_ready.at[slot])
+
+        def copy_values(block: Any, slot: Any) -> None:
+            plgpu.copy_gmem_to_smem(values_gmem.at[block, group], values_smem.at[slot], values_ready.at[slot])
+
+        def produce() -> None:
+            # All ids before the first copy: each is a read of GMEM, and one after the other would cost their latencies.
+            blocks = [block_at(jnp.int32(i)) for i in range(stages)]
+            following = block_at(jnp.int32(stages))
+            for i, block in enumerate(blocks):
+
+                @pl.when(i < count)
+                def _(i: int = i, block: Any = block) -> None:
+                    copy_keys(block, i)
+                    copy_values(block, i)
+
+            def refill(index: Any, block: Any) -> Any:
+                after = block_at(index + 1)
+                slot = lax.rem(index, jnp.int32(stages))
+                plgpu.barrier_wait(keys_used.at[slot])
+                copy_keys(block, slot)
+                plgpu.barrier_wait(values_used.at[slot])
+                copy_values(block, slot)
+                return after
+
+            lax.fori_loop(stages, jnp.maximum(count, stages), refill, following)
+
+        def scores_of(slot: Any, base: Any) -> Any:
+            """Scores of a block's keys in units of log2, hidden ones NEVER: [64, columns]."""
+
+            def product(acc: Any) -> Any:
+                plgpu.wgmma(acc, keys_smem.at[slot], query_smem.T)
+                return acc[...]
+
+            scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(scores_shape, jnp.float32))
+            positions = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=layout) + base
+            alibi = None
+            if bias is not None:
+                places = positions.astype(jnp.float32)
+                if bias.bfloat16:
+                    places = places.astype(jnp.bfloat16).astype(jnp.float32)
+                alibi = across(load_row(rows_gmem["slopes"].at[group]), BLOCK_SIZE) * places
+                if bias.bfloat16:
+                    alibi = alibi.astype(jnp.bfloat16).astype(jnp.float32)
+            if alibi is not None and bias is not None and bias.scaled:
+                scores = scores + alibi
+            if softcap is not None:
+                # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh has 11 bits, too few to be scaled by a cap.
+                scores = softcap - (2 * softcap) / (1 + jnp.exp2(scores * (2 * LOG2E * scale / softcap)))
+                scores = scores * LOG2E
+            else:
+                scores = scores * (scale * LOG2E)
+            if alibi is not None and bias is not None and not bias.scaled:
+                scores = scores + alibi * LOG2E
+            visible = positions < length
+            if window is not None:
+                visible &= positions >= length - min(window, width * BLOCK_SIZE)
+            return jnp.where(visible, scores, NEVER)
+
+        def clear_past_end(slot: Any, base: Any) -> None:
+            # What lies past a sequence's end may be NaN, and zero times NaN is NaN.
+            @pl.when(base + BLOCK_SIZE > length)
+            def _() -> None:
+                places = plgpu.broadcasted_iota(jnp.int32, (BLOCK_SIZE, dim), 0, layout=layout)
+                values = plgpu.load(values_smem.at[slot], layout=layout)
+                values_smem[slot] = jnp.where(places + base < length, values, jnp.zeros_like(values))
+                plgpu.commit_smem()
+
+        def step(index: Any, carry: Any) -> Any:
+            outs, maximum, total = carry
+            slot = lax.rem(index, jnp.int32(stages))
+            base = (start + index) * BLOCK_SIZE
+            refills = index + stages < count
+            plgpu.barrier_wait(keys_ready.at[slot])
+            scores = scores_of(slot, base)
+
+            @pl.when(refills)
+            def _() -> None:
+                plgpu.barrier_arrive(keys_used.at[slot])
+
+            raised = jnp.maximum(maximum, scores.max(axis=0))
+            fade = jnp.exp2(maximum - raised)
+            weights = jnp.exp2(scores - across(raised, BLOCK_SIZE))
+            # Summed over keys only at the end: a sum over rows goes through shared memory.
+            total = total * across(fade, BLOCK_SIZE) + weights
+            weights_smem.T[...] = plgpu.layout_cast(weights.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.barrier_wait(values_ready.at[slot])
+            clear_past_end(slot, base)
+
+            def product(*accs: Any) -> Any:
+                for acc, (offset, size) in zip(accs, parts, strict=True):
+                    values = values_smem.at[slot]
+                    if size != dim:
+                        values = values.at[:, pl.ds(offset, size)]
+                    plgpu.wgmma(acc, values.T, weights_smem.T)
+                return [acc[...] for acc in accs]
+
+            # Into fresh accumulators, since interpret mode cannot start one from registers; an addition each is cheap.
+            new = pl.run_scoped(
+                product, *(plgpu.WGMMAAccumulatorRef((size, columns), jnp.float32) for _, size in parts)
+            )
+
+            @pl.when(refills)
+            def _() -> None:
+                plgpu.barrier_arrive(values_used.at[slot])
+
+            outs = [out * across(fade, size) + add for out, add, (_, size) in zip(outs, new, parts, strict=True)]
+            return outs, raised, total
+
+        def consume() -> None:
+            plgpu.copy_gmem_to_smem(query_gmem.at[sequence, group], query_smem, query_ready)
+            zeros = [plgpu.layout_cast(jnp.zeros((size, columns), jnp.float32), layout) for _, size in parts]
+            maximum = plgpu.layout_cast(jnp.full((columns,), NEVER, jnp.float32), layout.reduce(0))
+            total = plgpu.layout_cast(jnp.zeros(scores_shape, jnp.float32), layout)
+            plgpu.barrier_wait(query_ready)
+            outs, maximum, total = lax.fori_loop(0, count, step, (zeros, maximum, total))
+            total = total.sum(axis=0)
+            if not config.fused:
+                finish(outs, maximum, total)
+                return
+            found, places, arrived = sent
+            factor = jnp.where(total > 0, 1 / total, 0.0)
+            # Of a split without keys, NEVER: no other has less. As a matrix, so that all that follows is elementwise.
+            place = jnp.where(total > 0, maximum + jnp.log(jnp.maximum(total, 1e-30)) * LOG2E, NEVER)
+            for number, (out, (_, size)) in enumerate(zip(outs, parts, strict=True)):
+                for value, target in ((out * across(factor, size), found), (across(place, size), places)):
+                    plgpu.async_store_smem(
+                        plgpu.layout_cast(value, layout), target[number].at[split], arrived,
+                        cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False,
+                    )  # fmt: skip
+            pl.when(split == 0)(lambda: gather(sent))
+
+        def gather(sent: Any) -> None:
+            """Put together what the programs of this cluster sent."""
+            found, places, arrived = sent
+            plgpu.barrier_wait(arrived)
+            outs = []
+            for values, at, (_, size) in zip(found, places, parts, strict=True):
+                tops = [plgpu.load(at.at[peer], layout=layout, optimized=False) for peer in range(splits)]
+                top = functools.reduce(jnp.maximum, tops)
+                if "sinks" in rows:
+                    sink = across(load_row(rows_gmem["sinks"].at[group]), size)
+                    top = jnp.maximum(top, sink)
+                total = jnp.exp2(sink - top) if "sinks" in rows else jnp.zeros_like(top)
+                out = jnp.zeros_like(top)
+                for peer in range(splits):
+                    weight = jnp.exp2(tops[peer] - top)
+                    total = total + weight
+                    out = out + weight * plgpu.load(values.at[peer], layout=layout, optimized=False)
+                outs.append(out / total)
+            write(outs)
+
+        def finish(outs: Any, maximum: Any, total: Any) -> None:
+            """Write the result, or this split's share of it."""
+            if splits == 1:
+                if "sinks" in rows:
+                    sink = load_row(rows_gmem["sinks"].at[group])
+                    raised = jnp.maximum(maximum, sink)
+                    fade = jnp.exp2(maximum - raised)
+                    factor = fade / (total * fade + jnp.exp2(sink - raised))
+                else:
+                    factor = jnp.where(total > 0, 1 / total, 0.0)
+                outs = [out * across(factor, size) for out, (_, size) in zip(outs, parts, strict=True)]
+            else:
+                out_gmem["maxima"][sequence, group, split] = maximum
+                out_gmem["sums"][sequence, group, split] = total
+            write(outs)
+
+        def write(outs: Any) -> None:
+            for out, staged in zip(outs, out_smem, strict=True):
+                staged.T[...] = plgpu.layout_cast(out.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            for staged, (offset, size) in zip(out_smem, parts, strict=True):
+                target = out_gmem["out"].at[sequence, group, 0 if whole else split]
+                if size != dim:
+                    target = target.at[:, pl.ds(offset, size)]
+                plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, heads)], target)
+                plgpu.wait_smem_to_gmem(0)  # each before the next: two parts overlap
+
+        def work() -> None:
+            pl.when(warpgroup == 0)(consume)
+            pl.when(warpgroup == 1)(produce)
+
+        if whole:
+            work()
+        else:
+            pl.when(count > 0)(work)
+
+    block = (stages, BLOCK_SIZE, dim)
+    staging: tuple[Any, ...] = ()
+    if dim % 64 and heads % 8 == 0:
+        # Left to itself Mosaic tiles what can be tiled by 64, which does not divide the result's rows.
+        tile = 32 // out_type["out"].dtype.itemsize
+        staging = plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(32)  # type: ignore[abstract]
+    tiles = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)  # type: ignore[abstract]
+    matrices = [plgpu.SMEM((splits, size, columns), jnp.float32, transforms=tiles) for _, size in parts]
+    sent = (matrices, matrices, plgpu.Barrier(num_arrivals=2 * splits * len(parts)))
+    results = plgpu.kernel(
+        decode_attention_kernel,
+        out_type=out_type,
+        scratch_types=[
+            plgpu.SMEM((columns, dim), dtype, transforms=_transforms(dim)),
+            plgpu.SMEM(block, dtype, transforms=_transforms(dim)),
+            plgpu.SMEM(block, dtype, transforms=_transforms(dim)),
+            # wgmma has one swizzle for both operands.
+            plgpu.SMEM((columns, BLOCK_SIZE), dtype, transforms=_transforms(math.gcd(dim, BLOCK_SIZE))),
+            [plgpu.SMEM((columns, size), out_type["out"].dtype, transforms=staging) for _, size in parts],
+            plgpu.Barrier(),
+            *(plgpu.Barrier(num_barriers=stages) for _ in range(4)),
+            *([sent] if config.fused else []),
+        ],
+        grid=(batch, groups) if config.fused else (batch, groups, splits),
+        grid_names=("sequence", "group") if config.fused else ("sequence", "group", "split"),
+        cluster=(splits,) if config.fused else (),
+        cluster_names=("split",) if config.fused else (),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+    )(jnp.pad(query, ((0, 0), (0, 0), *padding[1:], (0, 0))), key_blocks, value_blocks, tables, lengths, rows)
+    if whole:
+        return results["out"][:, :, 0]
+    first, last, share = block_range(
+        jnp.minimum(lengths, width * BLOCK_SIZE), width=width, splits=splits, window=window
+    )
+    start = jnp.broadcast_to(first, lengths.shape)[:, None] + jnp.arange(splits, dtype=jnp.int32) * share[:, None]
+    return results["out"], results["maxima"][..., :heads], results["sums"][..., :heads], start < last[:, None]

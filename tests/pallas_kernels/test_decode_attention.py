@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BLOCK_SIZE
+from pallas_kernels.decode_attention import DecodeConfig, decode_attention, decode_config
+from tests.decode_oracle import arguments, naive, noise, poisoned
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"window": 70},
+    {"window": 1, "sinks": True},
+    {"softcap": 2.0, "sinks": True},
+    {"slopes": True},
+    {"slopes": True, "scaled": True, "softcap": 5.0, "window": 200, "sinks": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_reference_is_the_naive_one(options):
+    batch, groups, heads, dim, width = 4, 2, 3, 8, 4
+    lengths = np.asarray([0, 1, 100, 256], np.int32)
+    order = np.random.default_rng(0).permutation(batch * width) + 1
+    keys, values, tables = poisoned(batch, groups, dim, order.reshape(batch, width).astype(np.int32), lengths)
+    theirs, ours = arguments(options, groups, heads)
+    query = noise(batch, groups, heads, dim)
+    found = decode_attention(query, keys, values, tables, lengths, implementation="reference", **ours)
+    np.testing.assert_allclose(
+        np.asarray(found), naive(query, keys, values, tables, lengths, **theirs), rtol=2e-5, atol=2e-5
+    )
+
+
+def shapes(**changes: Any) -> list[Any]:
+    given = {
+        "query": ((2, 2, 4, 64), jnp.bfloat16), "keys": ((9, 2, 64, 64), jnp.bfloat16),
+        "values": ((9, 2, 64, 64), jnp.bfloat16), "tables": ((2, 3), jnp.int32), "lengths": ((2,), jnp.int32),
+    } | changes  # fmt: skip
+    return [jnp.zeros(shape, dtype) for shape, dtype in given.values()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": ((2, 1, 2, 4, 64), jnp.bfloat16)}, r"query must be \[B, G, R, D\]"),
+        ({"keys": ((9, 2, 32, 64), jnp.bfloat16)}, r"key_blocks must be \[N, 2, 64, 64\].*got \(9, 2, 32, 64\)"),
+        ({"values": ((8, 2, 64, 64), jnp.bfloat16)}, "differ"),
+        ({"tables": ((2, 0), jnp.int32)}, r"tables must be int32 \[2, W\]"),
+        ({"lengths": ((2,), jnp.float32)}, r"lengths must be int32 \[2\], got float32"),
+        ({"lengths": ((3,), jnp.int32)}, r"lengths must be int32 \[2\], got int32 \(3,\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decode_attention(*shapes(**changes), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "dtype", "problem"),
+    [
+        (64, 4, jnp.float32, "dtype float32"),
+        (72, 4, jnp.bfloat16, "head_dim 72"),
+        (512, 1, jnp.bfloat16, "head_dim 512"),
+        (128, 65, jnp.bfloat16, "65 query heads a key head with head_dim 128"),
+    ],
+)
+def test_what_the_kernel_does_not_run_is_refused_by_name(dim, heads, dtype, problem):
+    given = shapes(query=((2, 2, heads, dim), dtype), keys=((9, 2, 64, dim), dtype), values=((9, 2, 64, dim), dtype))
+    with pytest.raises(
+        ValueError, match=rf"'mosaic' does not run {problem}; mosaic runs on Hopper .* 80 at head_dim 64, 64 at"
+    ):
+        decode_attention(*given, scale=1.0, implementation="mosaic")
+    assert decode_attention(*given, scale=1.0, implementation="reference").shape == (2, 2, heads, dim)
+
+
+def test_mixed_dtypes_are_refused():
+    given = shapes(query=((2, 2, 4, 64), jnp.float16))
+    with pytest.raises(ValueError, match="does not run mixed dtypes bfloat16, float16"):
+        decode_attention(*given, scale=1.0, implementation="mosaic")
+
+
+def test_other_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="must be 'mosaic', 'reference' or None, got 'fast'"):
+        decode_attention(*shapes(), scale=1.0, implementation="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        decode_attention(*shapes(), scale=1.0, window=0)
+    with pytest.raises(ValueError, match=r"sinks must be \[2, 4\]"):
+        decode_attention(*shapes(), scale=1.0, sinks=jnp.zeros((8,)))
+    with pytest.raises(ValueError, match="splits and stages must be at least 1"):
+        decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=DecodeConfig(splits=0, stages=1))
+    fused = DecodeConfig(splits=9, stages=1, fused=True)
+    with pytest.raises(ValueError, match="takes 2 to 8 splits"):
+        decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=fused)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize("width", [1, 8, 64, 2048])
+@pytest.mark.parametrize(("dim", "heads"), [(64, 1), (64, 80), (128, 4), (128, 64), (256, 1), (256, 32)])
+def test_a_chosen_configuration_fits_the_machine(batch, width, dim, heads):
+    chosen = decode_config(batch=batch, groups=8, heads_per_key=heads, width=width, head_dim=dim)
+    assert 1 <= chosen.splits <= width
+    shared = chosen.stages * 4 * BLOCK_SIZE * dim + -(-heads // 8) * 8 * (dim * 6 + 128)
+    assert chosen.stages >= 1
+    assert shared <= 220 * 1024

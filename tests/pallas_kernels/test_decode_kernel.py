@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import BLOCK_SIZE
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_kernel import DecodeConfig
+from tests.decode_oracle import arguments, naive, noise, poisoned
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_kernel_in_interpret_mode_is_the_naive_one():
+    """In a process of its own: where a simulated thread fails, the others wait for it for ever."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+# batch, groups, heads, dim, width, splits, stages, options, dtype
+INTERPRETED: list[tuple[int, int, int, int, int, int, int, dict[str, Any], Any]] = [
+    (2, 2, 1, 64, 4, 1, 2, {}, jnp.bfloat16),
+    (2, 1, 4, 128, 5, 3, 1, {"window": 70}, jnp.bfloat16),
+    (2, 1, 9, 64, 4, 2, 3, {"softcap": 2.0, "sinks": True}, jnp.float16),
+    (1, 1, 2, 80, 3, 1, 2, {"slopes": True, "sinks": True}, jnp.bfloat16),
+    (1, 1, 2, 96, 3, 2, 2, {"window": 1}, jnp.float16),
+    (1, 1, 8, 96, 3, 1, 1, {}, jnp.bfloat16),
+    (1, 1, 3, 256, 3, 3, 2, {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
+]
+
+
+def interpret() -> None:
+    """Random lengths and tables for each configuration, with the race detector on; run as a script."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    for batch, groups, heads, dim, width, splits, stages, options, dtype in INTERPRETED:
+        theirs, ours = arguments(options, groups, heads)
+        config = DecodeConfig(splits=splits, stages=stages)
+        query = jnp.asarray(noise(batch, groups, heads, dim), dtype)
+
+        def run(*given: Any, config: Any = config, ours: Any = ours) -> jax.Array:
+            return decode_attention(*given, implementation="mosaic", config=config, **ours)
+
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            jitted = jax.jit(run)
+            full = width * BLOCK_SIZE
+            edges = st.sampled_from([0, 1, 63, 64, 65, full - 1, full])
+
+            @settings(max_examples=4, deadline=None, derandomize=True, database=None)
+            @given(
+                lengths=st.lists(st.integers(0, full) | edges, min_size=batch, max_size=batch),
+                order=st.permutations(range(1, batch * width + 1)),
+            )
+            def check(lengths: list[int], order: list[int], **case: Any) -> None:
+                stops = np.asarray(lengths, np.int32)
+                table = np.asarray(order, np.int32).reshape(case["shape"])
+                keys, values, table = poisoned(case["shape"][0], case["groups"], case["dim"], table, stops)
+                keys, values = (jnp.asarray(array, case["dtype"]) for array in (keys, values))
+                found = np.asarray(case["run"](case["query"], keys, values, table, stops), np.float64)
+                exact = [np.asarray(array, np.float32) for array in (case["query"], keys, values)]
+                expected = naive(*exact, table, stops, **case["theirs"])
+                # Weights and results are rounded once each, to 8 bits (bfloat16) or 11.
+                tolerance = 2.0**-6 if case["dtype"] == jnp.bfloat16 else 2.0**-9
+                np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+            check(
+                shape=(batch, width), groups=groups, dim=dim, dtype=dtype, run=jitted, query=query, theirs=theirs
+            )  # fmt: skip
+        print(f"{batch=} {groups=} {heads=} {dim=} {width=} {splits=} {stages=} {options}: right", flush=True)
+
+
+if __name__ == "__main__":
+    interpret()
