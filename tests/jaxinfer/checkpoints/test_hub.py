@@ -76,7 +76,9 @@ def test_a_file_is_no_folder(tmp_path: Path):
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "./none", "../none", "a/b/c", "a b", "org/na\nme", "x" * 200, "a/..", "-a/b"]
 )
-def test_what_cannot_be_a_hub_id_is_never_asked_for(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_a_hub_id_is_never_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # what lies beside the real current folder is not known
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match="no such folder, and no name that") as error:
         resolve(name)
