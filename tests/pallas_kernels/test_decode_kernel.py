@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import BLOCK_SIZE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_kernel import DecodeConfig
+from tests import aot
 from tests.decode_oracle import arguments, naive, noise, poisoned
+from tests.pallas_kernels import decode_attention_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +28,23 @@ def test_the_kernel_in_interpret_mode_is_the_naive_one():
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, aot.Report]:
+    why = aot.missing()
+    if why:
+        pytest.skip(why)
+    return aot.compile_cases("tests.pallas_kernels.decode_attention_cases", list(decode_attention_cases.CASES))
+
+
+@pytest.mark.parametrize("name", decode_attention_cases.CASES)
+def test_the_kernel_compiles_for_hopper_without_spills(name: str, compiled: dict[str, aot.Report]):
+    report = compiled[name]
+    assert report.error is None
+    assert report.registers, "no kernel of ours was compiled"
+    assert report.spilled == 0
+    assert not report.serialized, "ptxas serialized the wgmma pipeline"
 
 
 # batch, groups, heads, dim, width, splits, stages, options, dtype

@@ -1,0 +1,48 @@
+"""Configurations of the decode attention kernel that are compiled for Hopper; see tests/aot.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import BLOCK_SIZE
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_kernel import DecodeConfig
+from tests.decode_oracle import arguments
+
+# batch, groups, heads, dim, width, (splits, stages) or None for what would be chosen, options, dtype
+SHAPES: dict[str, tuple[int, int, int, int, int, tuple[int, int] | None, dict[str, Any], Any]] = {
+    "llama-7b batch 1": (1, 32, 1, 128, 9, None, {}, jnp.bfloat16),
+    "llama-7b batch 16": (16, 32, 1, 128, 9, None, {}, jnp.bfloat16),
+    "grouped, 4096 tokens": (32, 8, 4, 128, 64, None, {}, jnp.bfloat16),
+    "grouped, capped window and sinks": (
+        4, 8, 8, 128, 64, (4, 3), {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
+    ),
+    "float16 and ALiBi": (4, 32, 1, 128, 16, (2, 3), {"slopes": True, "scaled": True}, jnp.float16),
+    "multi-query, 71 heads of 64": (2, 1, 71, 64, 16, None, {}, jnp.bfloat16),
+    "heads of 80": (2, 32, 1, 80, 16, None, {}, jnp.bfloat16),
+    "heads of 96": (2, 32, 1, 96, 16, None, {"window": 2047}, jnp.bfloat16),
+    "heads of 256": (2, 8, 2, 256, 16, None, {"softcap": 50.0, "window": 4096}, jnp.bfloat16),
+}  # fmt: skip
+
+
+def _case(name: str) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStruct]]:
+    batch, groups, heads, dim, width, chosen, options, dtype = SHAPES[name]
+    _, ours = arguments(options, groups, heads)
+    config = None if chosen is None else DecodeConfig(splits=chosen[0], stages=chosen[1])
+    blocks = jax.ShapeDtypeStruct((batch * width + 1, groups, BLOCK_SIZE, dim), dtype)
+    given = [
+        jax.ShapeDtypeStruct((batch, groups, heads, dim), dtype),
+        blocks,
+        blocks,
+        jax.ShapeDtypeStruct((batch, width), jnp.int32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    ]
+    return partial(decode_attention, implementation="mosaic", config=config, **ours), given
+
+
+CASES: dict[str, Callable[[], Any]] = {name: partial(_case, name) for name in SHAPES}
