@@ -4,7 +4,7 @@ The kernel (:mod:`pallas_kernels.decode_kernel`), its ``jax.numpy`` reference, a
 in :mod:`pallas_kernels.attention`: ``B`` sequences, ``G`` key/value heads, ``R`` query heads per key/value head, ``D``
 entries a head, ``W`` blocks in a table row.
 
-The kernel compiles for sm_90a without spills and is right in interpret mode; it has not been timed on a GPU, so the
+The kernel compiles for sm_90a without spills and is right in interpret mode; it has not run on a GPU yet, so the
 reference is what runs unless the kernel is asked for by name.
 """
 

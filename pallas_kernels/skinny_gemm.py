@@ -10,7 +10,7 @@ tokens its columns, of which 8 are enough, so that nothing is spent on padding 1
 partial sums up, in order, through distributed shared memory, and does the epilogue. Weights stream through a ring of
 ``stages`` tiles which starts to fill before the previous kernel has ended (programmatic dependent launch).
 
-The kernel compiles for sm_90a without spills and is right in interpret mode; it has not been timed on a GPU, so the
+The kernel compiles for sm_90a without spills and is right in interpret mode; it has not run on a GPU yet, so the
 reference is what runs unless the kernel is asked for by name.
 """
 
