@@ -24,16 +24,26 @@ from jaxinfer import progress as bars
 from jaxinfer.checkpoints.boxes import nbytes_of
 from jaxinfer.checkpoints.folder import INDEX_FILE, Checkpoint, confined
 from jaxinfer.checkpoints.manifest import (
-    DTYPES, MANIFEST, PARTIAL, VERSION, WEIGHTS, Manifest, StoredFile, StoredTensor, chunks, digest, group_of,
-    read_json, sync, write_json,
+    DTYPES,
+    MANIFEST,
+    PARTIAL,
+    VERSION,
+    WEIGHTS,
+    Manifest,
+    StoredFile,
+    StoredTensor,
+    chunks,
+    digest,
+    group_of,
+    read_json,
+    sync,
+    write_json,
 )  # fmt: skip
 from jaxinfer.checkpoints.store import Store, is_store, open_tensor
 from jaxinfer.errors import CheckpointError, ConfigError
-from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.sources import Piece, Sources
 from jaxinfer.models.spec import Layout
 from jaxinfer.pretrained import Pretrained
-from sharding import ShardingRules
 
 CHUNK_BYTES = 8 << 20
 """Of 1 to 32 MiB the fastest to read: smaller ones cost calls, larger ones page faults."""
@@ -187,7 +197,7 @@ class _Conversion:
         """Write a group: the checkpoint, then the note that says it is good."""
         folder = self.store / WEIGHTS / group
         arrays = {path: self._array(path) for path in self.groups[group]}
-        arguments = {path: _arguments(self.parameters[path], values) for path, values in arrays.items()}
+        arguments = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in arrays}
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
             try:
@@ -235,10 +245,3 @@ class _Conversion:
         Store(self.store).close()  # reads the manifest back
         os.rename(self.store, self.place)
         sync(self.place.parent)
-
-
-def _arguments(info: ParameterInfo, values: np.ndarray) -> ocp.SaveArgs:
-    """Chunks of at most 8 MiB, cut along the axis that a mesh divides, so that a device's part is whole chunks."""
-    rules = ShardingRules()
-    axes = [axis for axis, name in enumerate(rules.spec(info.axes)) if name is not None]
-    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(axes) if values.nbytes > CHUNK_BYTES else ())

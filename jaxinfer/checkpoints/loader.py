@@ -21,7 +21,15 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jaxinfer import progress as bars
 from jaxinfer.checkpoints.boxes import (
-    Box, aligned, concrete, intersection, nbytes_of, relative, shape_of, size_of, view,
+    Box,
+    aligned,
+    concrete,
+    intersection,
+    nbytes_of,
+    relative,
+    shape_of,
+    size_of,
+    view,
 )  # fmt: skip
 from jaxinfer.checkpoints.folder import Checkpoint
 from jaxinfer.errors import CheckpointError

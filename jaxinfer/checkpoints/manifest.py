@@ -9,8 +9,7 @@ A store is a folder::
     weights/head
 
 A digest belongs to a chunk, not to a tensor, so that a device's shard is verified without reading the rest. Orbax has
-none: it returns flipped bits silently. The checkpoints of the groups are committed one by one, so that a conversion that
-was killed goes on where it was; orbax's own partial saving cannot be restarted once its last step has begun.
+none: it returns flipped bits silently. Groups are committed one by one, so that a conversion can go on after a kill.
 """
 
 from __future__ import annotations
@@ -169,7 +168,7 @@ class Manifest:
         document = read_json(where)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CheckpointError(f"{where}: format: expected {FORMAT!r}, got {quoted(_field(document, 'format'))}")
-        if document.get("version") != VERSION:
+        if document.get("version") is True or document.get("version") != VERSION:
             raise UnsupportedFormatError(
                 f"{where}: version: expected {VERSION}, got {quoted(document.get('version'))}; convert the model again"
             )

@@ -23,7 +23,7 @@ from jaxinfer.checkpoints.folder import INDEX_FILE, SINGLE_FILE
 from jaxinfer.checkpoints.manifest import MANIFEST, PARTIAL, WEIGHTS, Manifest, StoredTensor, digest
 from jaxinfer.errors import CheckpointError, listed
 
-# Of one group: what OCDBT needs to find chunks. Chunks themselves are not cached, each is read once.
+# What OCDBT needs to find chunks. Chunks themselves are not cached, each is read once.
 _INDEX_CACHE_BYTES = 16 << 20
 MAX_THREADS = 16
 COMMIT = "commit_success.txt"
@@ -63,7 +63,7 @@ class Store:
         faults = self.faults() if strict else []
         if faults:
             raise CheckpointError(f"{self.path}: {len(faults)} files missing or damaged: {listed(faults)}")
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._context = _context()
         self._handles: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -149,15 +149,22 @@ class Store:
         return found
 
 
+def _context() -> Any:
+    sizes = {"cache_pool": 0, "cache_pool#index": _INDEX_CACHE_BYTES}
+    return tensorstore.Context({name: {"total_bytes_limit": size} for name, size in sizes.items()})
+
+
 def open_tensor(folder: Path, path: str, context: Any = None) -> Any:
     """Open one leaf of an orbax checkpoint for reading."""
     kvstore = {
         "driver": "ocdbt",
         "base": {"driver": "file", "path": f"{os.path.abspath(folder)}/"},
         "path": f"{path}/",
-        "cache_pool": {"total_bytes_limit": _INDEX_CACHE_BYTES},
+        "cache_pool": "cache_pool#index",
     }
-    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True, context=context).result()
+    return tensorstore.open(
+        {"driver": "zarr3", "kvstore": kvstore}, open=True, read=True, context=context or _context()
+    ).result()
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,14 @@ def moves(path: str, shape: tuple[int, ...], spec: ModelSpec, layout: Layout) ->
     # Neighbouring groups share a head: each takes its part of the head's queries, and a copy of its key and value.
     rows = spec.heads // layout.kv_groups
     found = []
+    lead: Box = ()
+    rest = tuple(slice(0, size) for size in shape[2:])
     for group in range(layout.kv_groups):
         head, first = group // copies, group % copies * rows
         spans = [(slice(first, first + rows), slice(0, rows))]
         if name == "out":
             lead, rest = (slice(0, shape[0]),), (slice(0, shape[3]),)
         else:
-            lead, rest = (), tuple(slice(0, size) for size in shape[2:])
             queries = spec.heads // spec.kv_heads
             spans += [(slice(queries + i, queries + i + 1), slice(rows + i, rows + i + 1)) for i in range(2)]
         for source, target in spans:
