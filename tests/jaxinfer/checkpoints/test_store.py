@@ -128,11 +128,11 @@ def test_a_truncated_file_is_found_when_it_opens(store):
     file = data_file(store, "embed")
     size = file.stat().st_size
     with open(file, "r+b") as handle:
-        handle.truncate(size - 7)
-    with pytest.raises(CheckpointError, match=rf"weights/embed/.*expected {size} bytes, got {size - 7}"):
+        handle.truncate(size // 2)
+    with pytest.raises(CheckpointError, match=rf"weights/embed/.*expected {size} bytes, got {size // 2}"):
         Store(store)
     faults = verify(store).faults
-    assert f"expected {size} bytes, got {size - 7}" in faults[0]
+    assert f"expected {size} bytes, got {size // 2}" in faults[0]
     assert any("tensor embed." in fault for fault in faults[1:])
 
 
@@ -191,7 +191,7 @@ def test_a_manifest_that_contradicts_the_files(store):
     ("change", "message"),
     [
         (lambda t: t.pop("embed.tokens"), r"1 tensors missing: embed\.tokens \[101, 48\]"),
-        (lambda t: t.update(extra=t["head.norm.scale"]), "1 tensors unexpected: extra"),
+        (lambda t: t.update({"head.extra": t["head.norm.scale"]}), r"1 tensors unexpected: head\.extra"),
         (lambda t: t["head.norm.scale"].update(shape=[47], chunk=[47]), r"wrong shape: head.norm.scale \(expected"),
     ],
 )
