@@ -1,7 +1,8 @@
 """jaxinfer: transformer inference in JAX on GPU meshes.
 
 ``init_inference`` loads a Hugging Face checkpoint; the :class:`InferenceEngine` it returns generates, streams, chats
-and scores. ``plan`` says beforehand where every byte would live.
+and scores. ``plan`` says beforehand where every byte would live. ``convert`` makes a store of a checkpoint, ``verify``
+says whether it is still whole.
 """
 
 import importlib
@@ -10,6 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxinfer.checkpoints.convert import convert as convert
+    from jaxinfer.checkpoints.store import Verified as Verified
+    from jaxinfer.checkpoints.store import verify as verify
     from jaxinfer.engine import InferenceEngine as InferenceEngine
     from jaxinfer.engine import init_inference as init_inference
     from jaxinfer.errors import CapacityError as CapacityError
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 # The same table once more, because names are imported when they are first used: JAX takes a second or two, and
 # `jaxinfer --help` need not wait for it.
 _HOMES = {
+    "jaxinfer.checkpoints.convert": ("convert",),
+    "jaxinfer.checkpoints.store": ("Verified", "verify"),
     "jaxinfer.engine": ("InferenceEngine", "init_inference"),
     "jaxinfer.errors": (
         "CapacityError", "CheckpointError", "ConfigError", "JaxinferError", "RequestError", "UnsafePathError",

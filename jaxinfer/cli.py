@@ -1,4 +1,4 @@
-"""The command line: ``jaxinfer generate | chat | plan | bench | doctor``."""
+"""The command line: ``jaxinfer generate | chat | plan | convert | verify | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -159,6 +159,40 @@ def plan(
         limits = measure_limits(jax.local_devices()[: found.devices], found.dtype)
         found = dataclasses.replace(found, hardware=limits.hardware(found.hardware))
     emit(found.to_dict()) if output.json else print(found)
+
+
+@app.command()
+@command
+def convert(
+    *,
+    model: Annotated[str, typer.Argument(help="A folder, a Hugging Face hub id, or demo.")],
+    out: Annotated[Path, typer.Argument(help="The store's folder, which must not exist.")],
+    output: OutputOptions,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as it is.")] = None,
+) -> None:
+    """Make a store of a checkpoint: orbax, with a digest for every byte. Run again, it goes on where it was."""
+    from jaxinfer.checkpoints.convert import convert as run
+    from jaxinfer.checkpoints.store import Store
+
+    with Store(run(model, out, dtype, progress=output.progress)) as store:
+        found = {"store": str(store.path), "tensors": len(store.tensors), "bytes": store.nbytes}
+    emit(found) if output.json else print("{store}: {tensors} tensors, {bytes:,} bytes".format(**found))
+
+
+@app.command()
+@command
+def verify(
+    *,
+    store: Annotated[Path, typer.Argument(help="The folder of a store.")],
+    output: OutputOptions,
+) -> None:
+    """Read a store from end to end and hold every byte against its digest."""
+    from jaxinfer.checkpoints.store import verify as run
+
+    found = run(store, progress=output.progress)
+    emit(found.to_dict()) if output.json else print(found)
+    if found.faults:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import hardware, progress
-from jaxinfer.checkpoints import Target, load
+from jaxinfer.checkpoints import Target
 from jaxinfer.errors import CapacityError, ConfigError, JaxinferError, RequestError
 from jaxinfer.executor import Executor, PromptWish
 from jaxinfer.generation.chat import Message, chat_ids
@@ -49,7 +49,8 @@ def init_inference(
     """Load a checkpoint onto a mesh.
 
     Args:
-        model: a folder as transformers writes it, a Hugging Face hub id, or ``"demo"`` for the bundled model.
+        model: a folder as transformers writes it, a store that ``convert`` made, a Hugging Face hub id, or ``"demo"``
+            for the bundled model.
         mesh: axis sizes such as ``{"data": 2, "tensor": 4}``, or a ``jax.sharding.Mesh``. None: all local devices,
             ``tensor`` as far as the model's heads allow, the rest ``data``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None is the checkpoint's own.
@@ -87,13 +88,13 @@ def init_inference(
             prefill_tokens=prefill_tokens,
             rules=rules,
         )
-        sources = pretrained.sources(plan.layout)
+        pretrained.check(plan.layout)
         defaults, eos_token_ids = pretrained.generation()
         tokenizer = pretrained.tokenizer()
         _keep_compiled(devices)
         placements = Executor.placements(plan, devices)
         targets = {path: Target(info.shape, info.dtype, placements[path]) for path, info in plan.parameters.items()}
-        leaves = load(pretrained.checkpoint, sources, targets, progress=show)
+        leaves = pretrained.load(plan.layout, targets, progress=show)
     return InferenceEngine(
         plan,
         devices,

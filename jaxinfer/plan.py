@@ -431,5 +431,5 @@ def plan(
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
             prefill_tokens=prefill_tokens, rules=rules, must_fit=False,
         )  # fmt: skip
-        pretrained.sources(found.layout)
+        pretrained.check(found.layout)
     return found

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from jaxinfer.checkpoints import Checkpoint, check, resolve
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.checkpoints import Checkpoint, Store, Target, check, is_store, load, resolve, restore
 from jaxinfer.errors import ConfigError
 from jaxinfer.generation.params import GenerationDefaults
 from jaxinfer.models.config import read_config
+from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.families import ignored, sources_of, spec_of
+from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.models.relayout import moves
 from jaxinfer.models.sources import Sources
 from jaxinfer.models.spec import Layout
 from sharding import TensorLimits
@@ -25,7 +32,7 @@ class Pretrained:
     Use it as a context manager, or close it.
 
     Args:
-        model: a folder as transformers writes it, a Hugging Face hub id, or ``"demo"`` for the bundled model.
+        model: a folder as transformers writes it, a store, a Hugging Face hub id, or ``"demo"`` for the bundled model.
 
     Attributes:
         name: what the caller called it.
@@ -42,17 +49,26 @@ class Pretrained:
     def __init__(self, model: str | Path) -> None:
         self.name = str(model)
         self.folder = resolve(model)
-        self.config = read_config(self.folder)
-        self.spec = spec_of(self.config)
-        self.checkpoint = Checkpoint(self.folder)
+        self.checkpoint: Checkpoint | Store
+        if is_store(self.folder):
+            # First, since it holds the digests of the configuration and the tokenizer.
+            self.checkpoint = Store(self.folder)
+            self.config = read_config(self.folder)
+            self.spec = spec_of(self.config)
+        else:
+            self.config = read_config(self.folder)
+            self.spec = spec_of(self.config)
+            self.checkpoint = Checkpoint(self.folder)
 
     @property
     def dtype(self) -> str:
-        """The checkpoint's own dtype; ``float32`` where it does not say.
+        """The checkpoint's own dtype; ``float32`` where it does not say. A store's is what it was converted to.
 
         Raises:
             ConfigError: it is not one that the engine computes in.
         """
+        if isinstance(self.checkpoint, Store) and self.checkpoint.manifest.dtype is not None:
+            return self.checkpoint.manifest.dtype
         name = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
         if name not in DTYPES:
             raise ConfigError(
@@ -65,12 +81,41 @@ class Pretrained:
         """What the model allows the ``tensor`` axis to be."""
         return TensorLimits(heads=self.spec.heads, kv_heads=self.spec.kv_heads, intermediate=self.spec.intermediate)
 
-    def sources(self, layout: Layout) -> Sources:
-        """Say which tensors fill which parameters of a layout.
+    def parameters(self, dtype: str = "float32") -> dict[str, ParameterInfo]:
+        """The model's parameters at the one-device layout, which is that of a store."""
+        return parameters(abstract(self.spec, Layout.of(self.spec), jnp.dtype(dtype)))
+
+    def check(self, layout: Layout) -> None:
+        """Hold the weights against what a layout needs, before a device holds anything.
 
         Raises:
             CheckpointError: tensors are missing, unexpected, mis-shaped or mis-typed.
         """
+        if isinstance(self.checkpoint, Store):
+            self.checkpoint.check({path: info.shape for path, info in self.parameters().items()})
+        else:
+            self.sources(layout)
+
+    def load(self, layout: Layout, targets: Mapping[str, Target], *, progress: bool) -> dict[str, jax.Array]:
+        """Read the parameters of a layout onto their devices.
+
+        Raises:
+            CheckpointError: as :meth:`check`; also files that cannot be read, or are damaged.
+        """
+        if isinstance(self.checkpoint, Store):
+            self.check(layout)
+            tensors = self.checkpoint.tensors
+            moved = {path: moves(path, tensors[path].shape, self.spec, layout) for path in targets}
+            return restore(self.checkpoint, moved, targets, progress=progress)
+        return load(self.checkpoint, self.sources(layout), targets, progress=progress)
+
+    def sources(self, layout: Layout) -> Sources:
+        """Say which tensors of a folder of safetensors fill which parameters of a layout.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected, mis-shaped or mis-typed.
+        """
+        assert isinstance(self.checkpoint, Checkpoint)
         sources = sources_of(self.spec, layout, self.checkpoint.tensors)
         check(self.checkpoint, sources, lambda name: ignored(self.spec, name))
         return sources

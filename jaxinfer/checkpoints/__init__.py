@@ -1,8 +1,13 @@
-"""Checkpoints: safetensors files, folders and hub ids, and the way from them onto devices."""
+"""Checkpoints: safetensors files, folders and stores, hub ids, and the way from them onto devices."""
 
 from jaxinfer.checkpoints.folder import Checkpoint, check, confined
 from jaxinfer.checkpoints.hub import resolve
 from jaxinfer.checkpoints.loader import Target, load
+from jaxinfer.checkpoints.restore import restore
 from jaxinfer.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from jaxinfer.checkpoints.store import Store, Verified, is_store, verify
 
-__all__ = ["Checkpoint", "SafetensorsFile", "Target", "TensorInfo", "check", "confined", "load", "resolve"]
+__all__ = [
+    "Checkpoint", "SafetensorsFile", "Store", "Target", "TensorInfo", "Verified", "check", "confined", "is_store",
+    "load", "resolve", "restore", "verify",
+]  # fmt: skip

@@ -20,6 +20,17 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jaxinfer import progress as bars
+from jaxinfer.checkpoints.boxes import (
+    Box,
+    aligned,
+    concrete,
+    intersection,
+    nbytes_of,
+    relative,
+    shape_of,
+    size_of,
+    view,
+)  # fmt: skip
 from jaxinfer.checkpoints.folder import Checkpoint
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.sources import Piece, Sources
@@ -29,9 +40,6 @@ from jaxinfer.models.sources import Piece, Sources
 # since so many threads hide XLA's own staging and registration takes time.
 MAX_THREADS = 16
 CHUNK_BYTES = 16 << 20
-_ALIGNMENT = 64  # the CPU backend adopts buffers of this alignment, and copies others
-
-Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class _Shard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return _shape(self.box)
+        return shape_of(self.box)
 
 
 def load(
@@ -92,7 +100,7 @@ def load(
     """
     shards = [shard for path, target in targets.items() for shard in _shards(checkpoint, path, sources[path], target)]
     shards.sort(key=lambda shard: -math.prod(shard.shape))  # no large one is left to a single thread at the end
-    total = sum(_nbytes(shard.shape, shard.staged) for shard in shards)
+    total = sum(nbytes_of(shard.shape, shard.staged) for shard in shards)
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)), max(1, len(shards)))
     bar = bars.bar(progress, total=total, desc="loading", unit="B", unit_scale=True, unit_divisor=1024)
     with bar, ThreadPoolExecutor(threads, "jaxinfer-load") as pool:
@@ -136,9 +144,9 @@ class _Loader:
 
     def _in_place(self, shard: _Shard) -> np.ndarray:
         # device_put adopts a buffer of this alignment instead of copying it, and no one else holds it.
-        values = _aligned(_nbytes(shard.shape, shard.dtype)).view(shard.dtype).reshape(shard.shape)
+        values = aligned(nbytes_of(shard.shape, shard.dtype)).view(shard.dtype).reshape(shard.shape)
         for box in _boxes(shard.shape, shard.dtype.itemsize):
-            self._fill(shard, box, _view(values, box))
+            self._fill(shard, box, view(values, box))
         return values
 
     def _through_staging(self, shard: _Shard, device: jax.Device) -> jax.Array:
@@ -149,14 +157,14 @@ class _Loader:
             # the shard's size twice, on a device that the model may nearly fill.
             array = jax.numpy.zeros(shard.shape, shard.dtype, device=device)
         for box in boxes:
-            shape = _shape(box)
-            chunk = self._staging()[: _nbytes(shape, shard.staged)].view(shard.staged).reshape(shape)
+            shape = shape_of(box)
+            chunk = self._staging()[: nbytes_of(shape, shard.staged)].view(shard.staged).reshape(shape)
             self._fill(shard, box, chunk)
             moved = jax.device_put(chunk, device)
             if array is not None:
-                array = _place(array, moved, tuple(np.int32(part.start) for part in box))
+                array = place(array, moved, tuple(np.int32(part.start) for part in box))
             else:
-                array = moved if shard.staged == shard.dtype else _cast(moved, dtype=shard.dtype)
+                array = moved if shard.staged == shard.dtype else cast(moved, dtype=shard.dtype)
             array.block_until_ready()  # only now may the staging buffer be filled again
         assert array is not None
         return array
@@ -164,7 +172,7 @@ class _Loader:
     def _staging(self) -> np.ndarray:
         """This thread's staging buffer: `CHUNK_BYTES` bytes."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = _aligned(CHUNK_BYTES)
+            self._local.buffer = aligned(CHUNK_BYTES)
         return self._local.buffer
 
     def _fill(self, shard: _Shard, box: Box, out: np.ndarray) -> None:
@@ -173,14 +181,14 @@ class _Loader:
             raise CheckpointError("loading was stopped")
         origin = [part.start for part in shard.box]
         wanted = tuple(slice(a.start + o, a.stop + o) for a, o in zip(box, origin, strict=True))
-        overlaps = [(part, _intersection(wanted, part.region)) for part in shard.parts]
-        if sum(_size(overlap) for _, overlap in overlaps) < out.size:
+        overlaps = [(part, intersection(wanted, part.region)) for part in shard.parts]
+        if sum(size_of(overlap) for _, overlap in overlaps) < out.size:
             out.view(f"u{out.itemsize}").fill(0)
         for part, overlap in overlaps:
-            if _size(overlap) == 0 and out.size:
+            if size_of(overlap) == 0 and out.size:
                 continue
-            source = _view(part.values, _relative(overlap, part.region))
-            target = _view(out, _relative(overlap, wanted))
+            source = view(part.values, relative(overlap, part.region))
+            target = view(out, relative(overlap, wanted))
             if source.dtype == target.dtype:
                 # As plain integers: numpy holds the interpreter lock while it copies bfloat16, and threads then queue.
                 source, target = (array.view(f"u{array.itemsize}") for array in (source, target))
@@ -190,51 +198,44 @@ class _Loader:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _place(array: jax.Array, chunk: jax.Array, starts: tuple[jax.Array, ...]) -> jax.Array:
+def place(array: jax.Array, chunk: jax.Array, starts: tuple[jax.Array, ...]) -> jax.Array:
+    """Write a chunk into an array, which is used up, with a cast to its dtype."""
     return jax.lax.dynamic_update_slice(array, chunk.astype(array.dtype), starts)
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _cast(chunk: jax.Array, dtype: np.dtype) -> jax.Array:
+def cast(chunk: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Cast an array where it lies."""
     return chunk.astype(dtype)
 
 
 def _shards(checkpoint: Checkpoint, path: str, pieces: tuple[Piece, ...], target: Target) -> list[_Shard]:
     parts = tuple(_part(checkpoint, path, piece, target) for piece in pieces)
-    if sum(_size(part.region) for part in parts) > math.prod(target.shape):
+    if sum(size_of(part.region) for part in parts) > math.prod(target.shape):
         raise ValueError(f"{path}: its pieces overlap; together they are larger than {target.shape}")
     dtype = np.dtype(target.dtype)
     found = {part.values.dtype for part in parts}
     staged = found.pop() if len(found) == 1 else np.dtype(np.float32) if found else dtype
     if staged == np.float64:
         staged = np.dtype(np.float32)  # JAX has no float64 unless asked; to bfloat16 by way of float32, as torch does
+    return [_Shard(path, box, devices, parts, staged, dtype) for box, devices in shards_of(target)]
+
+
+def shards_of(target: Target) -> list[tuple[Box, tuple[jax.Device, ...]]]:
+    """The distinct shards of a parameter on this process, and the devices that hold each."""
     placements: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
-        box = _concrete(index or (), target.shape)
+        box = concrete(index or (), target.shape)
         placements.setdefault(tuple((side.start, side.stop) for side in box), []).append(device)
-    return [
-        _Shard(path, tuple(slice(*side) for side in sides), tuple(devices), parts, staged, dtype)
-        for sides, devices in placements.items()
-    ]
+    return [(tuple(slice(*side) for side in sides), tuple(devices)) for sides, devices in placements.items()]
 
 
 def _part(checkpoint: Checkpoint, path: str, piece: Piece, target: Target) -> _Part:
-    region = _concrete(piece.region or (), target.shape)
+    region = concrete(piece.region or (), target.shape)
     values = piece.view(checkpoint.tensor(piece.name))
-    if values.shape != _shape(region):
-        raise ValueError(f"{path}: {piece.name} has shape {values.shape} after its view, its region {_shape(region)}")
+    if values.shape != shape_of(region):
+        raise ValueError(f"{path}: {piece.name} has shape {values.shape} after its view, its region {shape_of(region)}")
     return _Part(piece.name, region, values)
-
-
-def _concrete(index: Box, shape: tuple[int, ...]) -> Box:
-    """An index with a start and a stop on every axis."""
-    if len(index) > len(shape):
-        raise ValueError(f"expected a region of {len(shape)} axes, got {index}")
-    bounds = [side.indices(size) for side, size in zip(index, shape, strict=False)]
-    if any(step != 1 for _, _, step in bounds):
-        raise ValueError(f"expected a region with steps of 1, got {index}")
-    bounds += [(0, size, 1) for size in shape[len(bounds) :]]
-    return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
 
 
 def _boxes(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
@@ -260,36 +261,3 @@ def _boxes(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
                 slice(start, min(start + step, rows)),
                 *(slice(0, size) for size in shape[axis + 1 :]),
             )
-
-
-def _intersection(a: Box, b: Box) -> Box:
-    sides = ((max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(a, b, strict=True))
-    return tuple(slice(start, max(start, stop)) for start, stop in sides)
-
-
-def _relative(box: Box, to: Box) -> Box:
-    return tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(box, to, strict=True))
-
-
-def _view(array: np.ndarray, box: Box) -> np.ndarray:
-    index: Any = (*box, ...)  # without the ellipsis a scalar would be copied
-    return array[index]
-
-
-def _shape(box: Box) -> tuple[int, ...]:
-    return tuple(side.stop - side.start for side in box)
-
-
-def _size(box: Box) -> int:
-    return math.prod(_shape(box))
-
-
-def _nbytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _aligned(nbytes: int) -> np.ndarray:
-    """Uninitialised bytes, aligned to `_ALIGNMENT`."""
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes]

@@ -384,3 +384,42 @@ next(stream)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_convert_and_verify(run, folder, greedy, tmp_path):
+    store = tmp_path / "store"
+    code, out, err = run("convert", folder, store)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(rf"{store}: \d+ tensors, [\d,]+ bytes\n", out)
+    assert run(*generate_arguments(store, PROMPT)) == (0, greedy[1] + "\n", "")
+    code, out, err = run("verify", store, "--json")
+    assert (code, err, json.loads(out)["good"]) == (0, "", True)
+
+    code, out, err = run("convert", folder, store)
+    assert (code, out) == (2, "")
+    assert "expected a place where nothing is yet, got a store" in one_line(err)
+
+    file = max((store / "weights" / "layers.0").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, out, err = run("verify", store)
+    assert (code, err) == (2, "")
+    assert re.search(r"1 faults .*\n.*weights/layers\.0: tensor layers\.0\..*damaged: expected crc32c", out)
+    code, out, err = run(*generate_arguments(store, PROMPT))
+    assert (code, out) == (2, "")
+    assert "damaged" in one_line(err)
+
+
+def test_convert_says_what_it_wrote_as_json(run, folder, tmp_path):
+    code, out, _ = run("convert", folder, tmp_path / "store", "--dtype", "bfloat16", "--json", "--no-progress")
+    found = json.loads(out)
+    assert (code, found["store"]) == (0, str(tmp_path / "store"))
+    assert found["bytes"] == sum(path.nbytes for path in _stored(tmp_path / "store"))
+
+
+def _stored(store):
+    from jaxinfer.checkpoints import Store
+
+    with Store(store) as opened:
+        return list(opened.tensors.values())

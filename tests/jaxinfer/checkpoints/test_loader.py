@@ -352,7 +352,7 @@ def test_chunks_tile_the_shape_in_order(shape: tuple[int, ...], itemsize: int, c
 
 
 def test_large_matrices_go_in_equal_chunks():
-    assert len({module._shape(box) for box in module._boxes((11008, 4096), 2)}) == 1
+    assert len({module.shape_of(box) for box in module._boxes((11008, 4096), 2)}) == 1
 
 
 @pytest.mark.parametrize(
