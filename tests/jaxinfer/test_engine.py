@@ -397,7 +397,7 @@ def test_a_closed_engine_says_so_and_its_memory_is_free(root):
 
 
 def test_what_is_wrong_is_found_before_anything_is_loaded(folder, monkeypatch):
-    monkeypatch.setattr("jaxinfer.engine.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("jaxinfer.pretrained.Pretrained.load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(MeshError):
         init_inference(folder, mesh={"tensor": 3})
     with pytest.raises(ConfigError, match="max_batch"):
