@@ -78,7 +78,7 @@ def schedule(pairs: int, tiles: int, span: int, programs: int | None, keys: int)
         keys: key positions of a step.
 
     Returns:
-        int32 [1 + most tiles of a program, programs]: how many tiles a program has, then their numbers, which are
+        int32 [programs, 1 + most tiles of a program]: how many tiles a program has, then their numbers, which are
         ``pair * tiles + tile``.
     """
     order = [
@@ -88,7 +88,7 @@ def schedule(pairs: int, tiles: int, span: int, programs: int | None, keys: int)
         for pair in range(first, min(first + span, pairs))
     ]
     if programs is None or programs >= len(order):
-        return np.stack([np.ones(len(order), np.int32), np.asarray(order, np.int32)])
+        return np.stack([np.ones(len(order), np.int32), np.asarray(order, np.int32)], axis=1)
     lists: list[list[int]] = [[] for _ in range(programs)]
     free = [(0.0, program) for program in range(programs)]
     for number in order:
@@ -96,10 +96,9 @@ def schedule(pairs: int, tiles: int, span: int, programs: int | None, keys: int)
         lists[program].append(number)
         steps = -(-(number % tiles + 1) * TILE // keys)
         heapq.heapreplace(free, (until + steps + TILE_COST * TILE / keys, program))
-    table = np.zeros((1 + max(map(len, lists)), programs), np.int32)
-    for program, numbers in enumerate(lists):
-        table[0, program] = len(numbers)
-        table[1 : 1 + len(numbers), program] = numbers
+    table = np.zeros((programs, 1 + max(map(len, lists))), np.int32)
+    for row, numbers in zip(table, lists, strict=True):
+        row[: 1 + len(numbers)] = len(numbers), *numbers
     return table
 
 
@@ -173,12 +172,11 @@ def tiled_attention(
         out_smem: Any, weights_smem: Any, query_ready: Any, query_used: Any, keys_ready: Any, keys_used: Any,
         values_ready: Any, values_used: Any, edge_ready: Any, turn: Any,
     ) -> None:  # fmt: skip
-        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        count = order_gmem[0, program]
+        warpgroup = lax.axis_index("warpgroup")
 
         def tile_at(index: Any) -> tuple[Any, ...]:
             """Sequence, head, first query, its position, queries of the sequence, first step and the step after."""
-            number = order_gmem[1 + index, program]
+            number = order_gmem[lax.axis_index("program"), 1 + index]
             pair, row = _div(number, tiles), _rem(number, tiles) * TILE
             sequence, head = _div(pair, heads), _rem(pair, heads)
             start, length = starts_gmem[sequence], lengths_gmem[sequence]
@@ -214,16 +212,16 @@ def tiled_attention(
 
             def tile(index: Any, done: Any) -> Any:
                 sequence, head, row, start, length, first, last = tile_at(index)
-                group, stop = _div(head, per_key), start + length
+                group, stop, behind = _div(head, per_key), start + length, done - first
 
                 def fetch_keys(step: Any) -> None:
-                    number = done + step - first
+                    number = behind + step
                     slot = _rem(number, stages)
                     pl.when(number >= stages)(lambda: plgpu.barrier_wait(keys_used.at[slot]))
                     copy_blocks(keys_gmem, keys_smem.at[slot], keys_ready.at[slot], sequence, group, step)
 
                 def fetch_values(step: Any) -> None:
-                    number = done + step - first
+                    number = behind + step
                     slot = _rem(number, stages)
                     pl.when(number >= stages)(lambda: plgpu.barrier_wait(values_used.at[slot]))
                     edge = (step + 1) * keys > stop
@@ -254,9 +252,9 @@ def tiled_attention(
                     fetch_values(step)
 
                 lax.fori_loop(first + 1, last, fetch, None)
-                return done + last - first
+                return behind + last
 
-            lax.fori_loop(0, count, tile, jnp.int32(0))
+            lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
 
         def take_turn() -> None:
             if config.turns:
@@ -296,10 +294,11 @@ def tiled_attention(
                 sequence, head, row, start, length, first, last = tile_at(index)
                 row = pl.multiple_of(row + warpgroup * ROWS, ROWS)
                 top = start + row  # position of this warpgroup's first query
+                behind = done - first
 
                 def step(number: Any, carry: Any, *, masked: bool) -> Any:
                     out, maximum, total = carry
-                    slot = _rem(done + number - first, stages)
+                    slot = _rem(behind + number, stages)
                     plgpu.barrier_wait(keys_ready.at[slot])
 
                     def multiply_keys(acc: Any) -> Any:
@@ -391,9 +390,9 @@ def tiled_attention(
                 if not config.staged:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.barrier_arrive(query_used.at[warpgroup])
-                return done + last - first
+                return behind + last
 
-            lax.fori_loop(0, count, tile, jnp.int32(0))
+            lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
             pl.when(warpgroup == 0)(take_turn)
             plgpu.wait_smem_to_gmem(0)
 
@@ -421,7 +420,7 @@ def tiled_attention(
             plgpu.Barrier(num_arrivals=blocks_a_step),
             plgpu.Barrier(num_arrivals=2) if config.turns else (),
         ],
-        grid=(table.shape[1],),
+        grid=(table.shape[0],),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
