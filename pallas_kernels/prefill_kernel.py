@@ -254,7 +254,16 @@ def tiled_attention(
                 lax.fori_loop(first + 1, last, fetch, None)
                 return behind + last
 
-            lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
+            total = lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
+            # Nothing is left that nobody has waited for: each program has a tile, and used the first of these slots.
+            for half in range(2):
+                plgpu.barrier_wait(query_used.at[half])
+            for slot in range(stages):
+
+                @pl.when(slot < total)
+                def _(slot: int = slot) -> None:
+                    plgpu.barrier_wait(keys_used.at[slot])
+                    plgpu.barrier_wait(values_used.at[slot])
 
         def take_turn() -> None:
             if config.turns:

@@ -71,13 +71,15 @@ INTERPRETED: list[tuple[int, int, int, int, int, int, dict[str, Any], dict[str, 
 ]  # fmt: skip
 
 
-def interpret() -> None:
-    """Random starts, lengths and tables for each configuration, with the race detector on; run as a script."""
+def interpret(*chosen: str) -> None:
+    """Random starts, lengths and tables for some configurations, with the race detector on; run as a script."""
     from hypothesis import given, settings
     from hypothesis import strategies as st
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for batch, tokens, groups, heads, dim, width, changes, options, dtype in INTERPRETED:
+    for batch, tokens, groups, heads, dim, width, changes, options, dtype in (
+        [INTERPRETED[int(number)] for number in chosen] or INTERPRETED
+    ):
         theirs, ours = arguments(options, groups, heads)
         config = PrefillConfig(registers=False, **changes)
         query = jnp.asarray(noise(batch, tokens, groups, heads, dim), dtype)
@@ -121,4 +123,4 @@ def interpret() -> None:
 
 
 if __name__ == "__main__":
-    interpret()
+    interpret(*sys.argv[1:])
