@@ -36,28 +36,27 @@ RUNS = {
 }
 
 
-def prefill_config(*, batch: int, tokens: int, heads: int, head_dim: int, sms: int = SMS) -> PrefillConfig:
+def prefill_config(*, head_dim: int, shaped: bool = False, sms: int = SMS) -> PrefillConfig:
     """Choose steps, stages and programs.
 
-    Steps of 128 keys, or 64 where an output of 256 columns takes the registers; as many stages, up to 4, as shared
-    memory holds beside two tiles of queries and results (one at 256). One program for each SM. Derived, not measured.
+    Steps of 128 keys, or 64 where a cap, a bias or an output of 256 columns takes the registers; as many stages, up to
+    4, as shared memory holds beside queries and results. One program for each SM, or at 256, where queries and results
+    share their memory, one for each tile. Derived, not measured.
 
     Args:
-        batch: sequences.
-        tokens: tokens of a chunk.
-        heads: query heads.
         head_dim: entries of a head.
+        shaped: whether scores get a softcap or a bias.
         sms: SMs of the device.
     """
-    keys, staged = (64, False) if head_dim > 128 else (128, True)
+    staged = head_dim <= 128
+    keys = 128 if staged and not shaped else 64
     stages = max(
         stages
         for stages in (1, 2, 3, 4)
         if stages == 1
         or PrefillConfig(keys=keys, stages=stages, staged=staged).shared_bytes(head_dim) + 2048 <= SMEM_BYTES
     )
-    tiles = batch * heads * -(-tokens // 128)
-    return PrefillConfig(keys=keys, stages=stages, staged=staged, programs=min(sms, tiles))
+    return PrefillConfig(keys=keys, stages=stages, staged=staged, programs=sms if staged else None)
 
 
 def prefill_choice(
@@ -150,7 +149,7 @@ def prefill_attention(
         ValueError: arguments that do not fit together, or that the named implementation cannot run.
     """
     starts, lengths = _check(query, key_blocks, value_blocks, tables, positions, window, bias, sinks, own)
-    batch, tokens, groups, per_key, dim = query.shape
+    tokens, dim = query.shape[1], query.shape[4]
     if implementation is None:
         implementation = prefill_choice(
             jax.default_backend(), dtype=query.dtype, head_dim=dim, hopper=_hopper(), whole=own is not None,
@@ -177,7 +176,7 @@ def prefill_attention(
             f"prefill_attention: implementation {implementation!r} does not run {problem}; {RUNS[implementation]}"
         )
     if config is None:
-        config = prefill_config(batch=batch, tokens=tokens, heads=groups * per_key, head_dim=dim)
+        config = prefill_config(head_dim=dim, shaped=softcap is not None or bias is not None)
     _check_config(config, dim)
     return tiled_attention(
         query, key_blocks, value_blocks, tables, starts, lengths, config,
@@ -266,6 +265,8 @@ def _check_config(config: PrefillConfig, dim: int) -> None:
         raise ValueError(f"config: keys must be {BLOCK_SIZE}, 128, 192 or 256, got {config}")
     if config.stages < 1 or (config.programs is not None and config.programs < 1):
         raise ValueError(f"config: stages and programs must be at least 1, got {config}")
+    if not config.staged and config.programs is not None:
+        raise ValueError(f"config: results that are not staged need a program for each tile, got {config}")
     if (taken := config.shared_bytes(dim)) > SMEM_BYTES - 2048:
         raise ValueError(
             f"config: takes {taken} bytes of shared memory at head_dim {dim}, there are {SMEM_BYTES - 2048}: {config}"

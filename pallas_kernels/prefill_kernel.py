@@ -48,7 +48,7 @@ class PrefillConfig:
         programs: programs that share the tiles; None is one program for each tile.
         turns: whether the two warpgroups take turns at the tensor cores.
         staged: whether results leave from shared memory of their own. Else from the query's, which takes half the
-            memory, and the next tile's query waits for it.
+            memory, and leaves no room for another tile's query: ``programs`` must be None.
         registers: whether weights go to the second product from registers. Interpret mode cannot run that; without it
             they go through shared memory.
     """
@@ -188,6 +188,12 @@ def tiled_attention(
                 first = jnp.minimum(_div(jnp.maximum(start + row - (window - 1), 0), keys), last)
             return sequence, head, row, start, length, first, last
 
+        def work_through(tile: Any) -> Any:
+            """Run ``tile`` for each of the program's tiles; it is given the steps before it and returns those after."""
+            if table.shape[1] == 2:
+                return tile(jnp.int32(0), jnp.int32(0))
+            return lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
+
         def produce() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
@@ -238,14 +244,19 @@ def tiled_attention(
                         for _ in range(blocks_a_step):  # in place of the copies
                             plgpu.barrier_arrive(values_ready.at[slot])
 
-                pl.when(last > first)(lambda: fetch_keys(first))
-                for half in range(2):
-                    pl.when(index > 0)(lambda half=half: plgpu.barrier_wait(query_used.at[half]))
-                    at = pl.multiple_of(row + half * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(
-                        query_gmem.at[sequence, pl.ds(at, ROWS), head], query_smem.at[half], query_ready.at[half]
-                    )
-                pl.when(last > first)(lambda: fetch_values(first))
+                # The order matters: the second warpgroup ends a tile only when the first has begun its next, for which
+                # these keys and the first query must be here. For the same reason tiles without steps take no query.
+                @pl.when(last > first)
+                def _() -> None:
+                    fetch_keys(first)
+                    for half in range(2):
+                        if config.staged:
+                            pl.when(done > 0)(lambda half=half: plgpu.barrier_wait(query_used.at[half]))
+                        at = pl.multiple_of(row + half * ROWS, ROWS)
+                        plgpu.copy_gmem_to_smem(
+                            query_gmem.at[sequence, pl.ds(at, ROWS), head], query_smem.at[half], query_ready.at[half]
+                        )
+                    fetch_values(first)
 
                 def fetch(step: Any, carry: None) -> None:
                     fetch_keys(step)
@@ -254,10 +265,10 @@ def tiled_attention(
                 lax.fori_loop(first + 1, last, fetch, None)
                 return behind + last
 
-            total = lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
-            # Nothing is left that nobody has waited for: each program has a tile, and used the first of these slots.
-            for half in range(2):
-                plgpu.barrier_wait(query_used.at[half])
+            total = work_through(tile)
+            # Nothing is left that nobody has waited for.
+            for half in range(2 if config.staged else 0):
+                pl.when(total > 0)(lambda half=half: plgpu.barrier_wait(query_used.at[half]))
             for slot in range(stages):
 
                 @pl.when(slot < total)
@@ -286,8 +297,8 @@ def tiled_attention(
                     scores = scores + alibi
             if softcap is not None:
                 # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh has 11 bits, too few to be scaled by a cap.
-                scores = softcap - (2 * softcap) / (1 + jnp.exp2(scores * (2 * LOG2E * scale / softcap)))
-                scores = scores * LOG2E
+                cap = softcap * LOG2E
+                scores = cap - (2 * cap) / (1 + jnp.exp2(scores * (2 * LOG2E * scale / softcap)))
             else:
                 scores = scores * (scale * LOG2E)
             if alibi is not None and bias is not None and not bias.scaled:
@@ -370,7 +381,7 @@ def tiled_attention(
                 seen = jnp.clip(_div(top + 1, keys), first, last)
                 begin = first
                 carry = out, maximum, total
-                plgpu.barrier_wait(query_ready.at[warpgroup])
+                pl.when(last > first)(lambda: plgpu.barrier_wait(query_ready.at[warpgroup]))
                 if window is not None:
                     begin = jnp.clip(_div(jnp.maximum(top + ROWS - window, 0) + (keys - 1), keys), first, seen)
                     carry = lax.fori_loop(first, begin, functools.partial(step, masked=True), carry)
@@ -388,20 +399,14 @@ def tiled_attention(
                 out = jnp.where(own, out * down(factor, dim), 0.0).astype(dtype)
                 target = out_gmem.at[sequence, pl.ds(row, ROWS), head]
                 if config.staged:
-                    pl.when(last == first)(lambda: plgpu.barrier_arrive(query_used.at[warpgroup]))
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-                    staged = out_smem.at[warpgroup]
-                else:
-                    staged = mine
+                staged = out_smem.at[warpgroup] if config.staged else mine
                 staged[...] = out
                 plgpu.commit_smem()
                 pl.when(row < tokens)(lambda: plgpu.copy_smem_to_gmem(staged, target))
-                if not config.staged:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(query_used.at[warpgroup])
                 return behind + last
 
-            lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
+            work_through(tile)
             pl.when(warpgroup == 0)(take_turn)
             plgpu.wait_smem_to_gmem(0)
 
@@ -421,7 +426,7 @@ def tiled_attention(
             matrix if config.staged else (),
             () if config.registers else plgpu.SMEM((2, ROWS, keys), dtype, transforms=tiling),
             plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2) if config.staged else (),
             plgpu.Barrier(num_arrivals=blocks_a_step, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=blocks_a_step, num_barriers=stages),

@@ -16,7 +16,26 @@ from tests.decode_oracle import arguments
 # batch, tokens, groups, heads, dim, width, changes of the configuration, options, dtype
 SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any], dict[str, Any], Any]] = {
     "llama-7b": (8, 2040, 32, 1, 128, 32, {}, {}, jnp.bfloat16),
-}
+    "a program a tile, no turns": (8, 2048, 32, 1, 128, 32, {"programs": None, "turns": False}, {}, jnp.bfloat16),
+    "steps of 64, three stages": (8, 2048, 32, 1, 128, 32, {"keys": 64, "stages": 3}, {}, jnp.bfloat16),
+    "results in the query's place": (8, 2048, 32, 1, 128, 32, {"staged": False, "programs": None}, {}, jnp.bfloat16),
+    "grouped, capped window and sinks": (
+        2, 512, 8, 4, 128, 64, {"keys": 64}, {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
+    ),
+    "float16 and scaled ALiBi": (2, 512, 16, 1, 128, 16, {"keys": 64}, {"slopes": True, "scaled": True}, jnp.float16),
+    "heads of 64": (2, 512, 12, 1, 64, 16, {"stages": 4}, {}, jnp.bfloat16),
+    "heads of 64, ALiBi": (2, 512, 1, 71, 64, 16, {"stages": 4}, {"slopes": True}, jnp.bfloat16),
+    "heads of 80": (2, 512, 32, 1, 80, 16, {"stages": 4}, {}, jnp.bfloat16),
+    "heads of 96": (2, 512, 32, 1, 96, 64, {"stages": 3}, {"window": 2047}, jnp.float16),
+    "heads of 256": (2, 512, 8, 2, 256, 16, {"keys": 64, "staged": False, "programs": None}, {}, jnp.bfloat16),
+    "heads of 256, capped window": (
+        2, 512, 8, 2, 256, 128, {"keys": 64, "staged": False, "programs": None}, {"softcap": 50.0, "window": 4096}, jnp.bfloat16,
+    ),
+    "everything, steps of 64": (
+        2, 512, 8, 4, 128, 64, {"keys": 64},
+        {"window": 1024, "softcap": 50.0, "sinks": True, "slopes": True}, jnp.bfloat16,
+    ),
+}  # fmt: skip
 
 
 def _case(name: str) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStruct]]:

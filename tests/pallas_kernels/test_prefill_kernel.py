@@ -63,10 +63,10 @@ def test_the_lists_have_every_tile_once_and_are_balanced(pairs, tiles, span, pro
 INTERPRETED: list[tuple[int, int, int, int, int, int, dict[str, Any], dict[str, Any], Any]] = [
     (2, 200, 1, 1, 64, 6, {"programs": 2}, {}, jnp.bfloat16),
     (1, 136, 1, 2, 128, 5, {"stages": 1, "turns": False}, {"window": 70}, jnp.bfloat16),
-    (2, 72, 1, 2, 64, 4, {"keys": 64, "staged": False, "programs": 1}, {"softcap": 2.0, "sinks": True}, jnp.float16),
+    (2, 72, 1, 2, 64, 4, {"keys": 64, "staged": False}, {"softcap": 2.0, "sinks": True}, jnp.float16),
     (1, 130, 1, 2, 80, 4, {"programs": 3}, {"slopes": True, "sinks": True}, jnp.bfloat16),
-    (1, 256, 1, 1, 96, 7, {"keys": 64, "stages": 3, "programs": 1}, {"window": 1}, jnp.float16),
-    (1, 100, 2, 1, 256, 3, {"keys": 64, "staged": False, "programs": 1},
+    (3, 256, 1, 1, 96, 7, {"keys": 64, "stages": 3, "programs": 1}, {"window": 1}, jnp.float16),
+    (1, 100, 2, 1, 256, 3, {"keys": 64, "staged": False},
      {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
 ]  # fmt: skip
 
