@@ -32,6 +32,10 @@ ROWS = 64
 """Query tokens of a warpgroup: the rows of wgmma."""
 TILE = 2 * ROWS
 """Query tokens of a tile."""
+UNSEEN = 1e-5 * NEVER
+"""The maximum before the first key that is seen: above a hidden key's score, so that hidden keys weigh nothing even
+where there is no other yet. Were the two the same, a fused multiply-add would make of their difference the rounding
+error of a product: a weight that is infinite, or zero, by chance."""
 SPAN_BYTES = 16 << 20
 """Keys and values that a span of heads may have, a third of an H200's L2 cache."""
 TILE_COST = 0.3
@@ -375,7 +379,7 @@ def tiled_attention(
                     return out, raised, total
 
                 out = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), layout)
-                maximum = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), layout.reduce(1))
+                maximum = plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), layout.reduce(1))
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
                 # Steps whose keys all queries see need no mask; those before lie partly before a window.
                 seen = jnp.clip(_div(top + 1, keys), first, last)

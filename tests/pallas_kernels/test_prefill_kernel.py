@@ -65,7 +65,7 @@ INTERPRETED: list[tuple[int, int, int, int, int, int, dict[str, Any], dict[str, 
     (1, 136, 1, 2, 128, 5, {"stages": 1, "turns": False}, {"window": 70}, jnp.bfloat16),
     (2, 72, 1, 2, 64, 4, {"keys": 64, "staged": False}, {"softcap": 2.0, "sinks": True}, jnp.float16),
     (1, 130, 1, 2, 80, 4, {"programs": 3}, {"slopes": True, "sinks": True}, jnp.bfloat16),
-    (3, 256, 1, 1, 96, 7, {"keys": 64, "stages": 3, "programs": 1}, {"window": 1}, jnp.float16),
+    (3, 200, 1, 1, 96, 5, {"keys": 64, "stages": 3, "programs": 1}, {"window": 1}, jnp.float16),
     (1, 100, 2, 1, 256, 3, {"keys": 64, "staged": False},
      {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
 ]  # fmt: skip
