@@ -247,7 +247,7 @@ class Bench:
         for name, config, function in runners(case, self.rehearse):
             given = arrays["blocks"] if function is not gather else arrays["blocks"][1:4]
             given = arrays["own"] if name.startswith("cudnn") else given
-            jobs.append((name, config, given, pool.submit(lambda f=function, g=given: jax.jit(f).lower(*g).compile())))
+            jobs.append((name, config, given, pool.submit(compile_one, function, given, self.rehearse)))
         for name, config, given, job in jobs:
             record: dict[str, Any] = {"case": asdict(replace(case, variants=())), "name": name, "config": config}
             try:
@@ -280,6 +280,13 @@ class Bench:
         self.keep()
 
 
+def compile_one(function: Callable[..., Any], given: tuple[Any, ...], rehearse: bool) -> Any:
+    """Compile; interpret mode belongs to a thread."""
+    interpreted = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+    with interpreted if rehearse else contextlib.nullcontext():
+        return jax.jit(function).lower(*given).compile()
+
+
 def make(case: Case) -> dict[str, tuple[jax.Array, ...]]:
     """Arguments over blocks, in an order of their own, and over contiguous keys and values; made on the device."""
     blocks = case.batch * case.width + 1
@@ -288,7 +295,9 @@ def make(case: Case) -> dict[str, tuple[jax.Array, ...]]:
         (blocks, case.groups, 64, case.dim), (case.batch, case.tokens, case.groups, case.dim),
         (case.batch, case.tokens, case.groups, case.dim),
     ]  # fmt: skip
-    draw = jax.jit(lambda key: [jax.random.normal(k, s, BF16) for k, s in zip(jax.random.split(key, 5), shapes)])
+    draw = jax.jit(
+        lambda key: [jax.random.normal(k, s, BF16) for k, s in zip(jax.random.split(key, 5), shapes, strict=True)]
+    )
     query, keys, values, key, value = draw(jax.random.key(0))
     order = np.random.default_rng(0).permutation(blocks - 1) + 1
     tables = jnp.asarray(order.reshape(case.batch, case.width), jnp.int32)
@@ -342,13 +351,13 @@ def compile_all() -> None:
     """Compile every kernel that would be timed for an H200 that is not there."""
     from tests.aot import compiler
 
-    compile_one = compiler()
+    compile_for_h200 = compiler()
     for case in CASES:
         given = jax.eval_shape(lambda case=case: make(case))["blocks"]
         for name, _, function in runners(case, False):
             if name.startswith("mosaic"):
                 try:
-                    compile_one(function, given)
+                    compile_for_h200(function, given)
                     print(case.name, name, "compiled", flush=True)
                 except Exception as error:
                     print(case.name, name, f"{type(error).__name__}: {str(error)[:300]}", flush=True)

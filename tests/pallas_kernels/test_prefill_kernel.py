@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import BLOCK_SIZE
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.prefill_kernel import TILE, PrefillConfig, schedule
+from pallas_kernels.prefill_kernel import PrefillConfig, schedule
 from tests import aot
 from tests.decode_oracle import arguments, noise
 from tests.pallas_kernels import prefill_kernel_cases
@@ -77,9 +77,8 @@ def interpret(*chosen: str) -> None:
     from hypothesis import strategies as st
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for batch, tokens, groups, heads, dim, width, changes, options, dtype in (
-        [INTERPRETED[int(number)] for number in chosen] or INTERPRETED
-    ):
+    picked = [INTERPRETED[int(number)] for number in chosen] or INTERPRETED
+    for batch, tokens, groups, heads, dim, width, changes, options, dtype in picked:
         theirs, ours = arguments(options, groups, heads)
         config = PrefillConfig(registers=False, **changes)
         query = jnp.asarray(noise(batch, tokens, groups, heads, dim), dtype)
