@@ -194,12 +194,15 @@ class Bench:
         self.found: dict[str, Any] = {"machine": machine.describe(), "checks": [], "times": []}
 
     def late(self, share: float = 1.0) -> bool:
+        """Whether this share of the budget is spent."""
         return time.monotonic() - self.started > share * self.budget
 
     def say(self, text: str) -> None:
+        """Print with the seconds so far."""
         print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
 
     def keep(self) -> None:
+        """Write what has been found."""
         self.found["seconds"] = time.monotonic() - self.started
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -295,10 +298,8 @@ def make(case: Case) -> dict[str, tuple[jax.Array, ...]]:
         (blocks, case.groups, 64, case.dim), (case.batch, case.tokens, case.groups, case.dim),
         (case.batch, case.tokens, case.groups, case.dim),
     ]  # fmt: skip
-    draw = jax.jit(
-        lambda key: [jax.random.normal(k, s, BF16) for k, s in zip(jax.random.split(key, 5), shapes, strict=True)]
-    )
-    query, keys, values, key, value = draw(jax.random.key(0))
+    draw = jax.jit(lambda keys: [jax.random.normal(k, s, BF16) for k, s in zip(keys, shapes, strict=True)])
+    query, keys, values, key, value = draw(jax.random.split(jax.random.key(0), 5))
     order = np.random.default_rng(0).permutation(blocks - 1) + 1
     tables = jnp.asarray(order.reshape(case.batch, case.width), jnp.int32)
     starts = jnp.full((case.batch,), case.start, jnp.int32)

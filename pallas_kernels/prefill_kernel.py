@@ -255,7 +255,7 @@ def tiled_attention(
                     fetch_keys(first)
                     for half in range(2):
                         if config.staged:
-                            pl.when(done > 0)(lambda half=half: plgpu.barrier_wait(query_used.at[half]))
+                            pl.when(done > 0)(functools.partial(plgpu.barrier_wait, query_used.at[half]))
                         at = pl.multiple_of(row + half * ROWS, ROWS)
                         plgpu.copy_gmem_to_smem(
                             query_gmem.at[sequence, pl.ds(at, ROWS), head], query_smem.at[half], query_ready.at[half]
@@ -272,7 +272,7 @@ def tiled_attention(
             total = work_through(tile)
             # Nothing is left that nobody has waited for.
             for half in range(2 if config.staged else 0):
-                pl.when(total > 0)(lambda half=half: plgpu.barrier_wait(query_used.at[half]))
+                pl.when(total > 0)(functools.partial(plgpu.barrier_wait, query_used.at[half]))
             for slot in range(stages):
 
                 @pl.when(slot < total)
@@ -334,11 +334,9 @@ def tiled_attention(
                     plgpu.barrier_arrive(keys_used.at[slot])
                     if config.staged:
                         pl.when(number == last - 1)(lambda: plgpu.barrier_arrive(query_used.at[warpgroup]))
-                    columns = None
-                    if masked or bias is not None:
-                        columns = plgpu.broadcasted_iota(jnp.int32, scores_shape, 1, layout=layout)
                     base = number * keys
-                    scores = shaped(scores, None if bias is None else columns + base, head)
+                    columns = plgpu.broadcasted_iota(jnp.int32, scores_shape, 1, layout=layout)
+                    scores = shaped(scores, columns + base, head)
                     if masked:
                         distance = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=layout) - columns
                         visible = distance >= base - top

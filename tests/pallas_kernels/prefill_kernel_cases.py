@@ -29,7 +29,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any], dict[str, 
     "heads of 96": (2, 512, 32, 1, 96, 64, {"stages": 3}, {"window": 2047}, jnp.float16),
     "heads of 256": (2, 512, 8, 2, 256, 16, {"keys": 64, "staged": False, "programs": None}, {}, jnp.bfloat16),
     "heads of 256, capped window": (
-        2, 512, 8, 2, 256, 128, {"keys": 64, "staged": False, "programs": None}, {"softcap": 50.0, "window": 4096}, jnp.bfloat16,
+        2, 512, 8, 2, 256, 128, {"keys": 64, "staged": False, "programs": None},
+        {"softcap": 50.0, "window": 4096}, jnp.bfloat16,
     ),
     "everything, steps of 64": (
         2, 512, 8, 4, 128, 64, {"keys": 64},
