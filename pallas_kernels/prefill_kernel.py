@@ -178,12 +178,17 @@ def tiled_attention(
     ) -> None:  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
 
-        def tile_at(index: Any) -> tuple[Any, ...]:
+        def number_of(index: Any) -> Any:
+            return order_gmem[lax.axis_index("program"), jnp.minimum(1 + index, table.shape[1] - 1)]
+
+        def extent_of(number: Any) -> tuple[Any, Any]:
+            sequence = _div(number, tiles * heads)
+            return starts_gmem[sequence], lengths_gmem[sequence]
+
+        def tile_at(number: Any, start: Any, length: Any) -> tuple[Any, ...]:
             """Sequence, head, first query, its position, queries of the sequence, first step and the step after."""
-            number = order_gmem[lax.axis_index("program"), 1 + index]
             pair, row = _div(number, tiles), _rem(number, tiles) * TILE
             sequence, head = _div(pair, heads), _rem(pair, heads)
-            start, length = starts_gmem[sequence], lengths_gmem[sequence]
             stop = jnp.minimum(start + jnp.minimum(row + TILE, length), width * BLOCK_SIZE)
             stop = jnp.where(row < length, stop, 0)
             last = _div(stop + (keys - 1), keys)
@@ -193,10 +198,20 @@ def tiled_attention(
             return sequence, head, row, start, length, first, last
 
         def work_through(tile: Any) -> Any:
-            """Run ``tile`` for each of the program's tiles; it is given the steps before it and returns those after."""
+            """Run ``tile`` for each of the program's; it is given a tile and the steps before it, returns those after."""
+            number = number_of(jnp.int32(0))
             if table.shape[1] == 2:
-                return tile(jnp.int32(0), jnp.int32(0))
-            return lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], tile, jnp.int32(0))
+                return tile(tile_at(number, *extent_of(number)), jnp.int32(0))
+
+            def one(index: Any, carry: Any) -> Any:
+                # Each is a read of GMEM: asked for a tile before it is used, and one after the other.
+                number, start, length, following, done = carry
+                ahead = extent_of(following), number_of(index + 2)
+                done = tile(tile_at(number, start, length), done)
+                return following, *ahead[0], ahead[1], done
+
+            first = number, *extent_of(number), number_of(jnp.int32(1)), jnp.int32(0)
+            return lax.fori_loop(0, order_gmem[lax.axis_index("program"), 0], one, first)[-1]
 
         def produce() -> None:
             plgpu.set_max_registers(40, action="decrease")
@@ -220,8 +235,8 @@ def tiled_attention(
                         piece[...] = jnp.where(places + part * BLOCK_SIZE < first, held, jnp.zeros_like(held))
                 plgpu.commit_smem()
 
-            def tile(index: Any, done: Any) -> Any:
-                sequence, head, row, start, length, first, last = tile_at(index)
+            def tile(found: Any, done: Any) -> Any:
+                sequence, head, row, start, length, first, last = found
                 group, stop, behind = _div(head, per_key), start + length, done - first
 
                 def fetch_keys(step: Any) -> None:
@@ -314,8 +329,8 @@ def tiled_attention(
             mine = query_smem.at[warpgroup]
             pl.when(warpgroup == 1)(take_turn)  # half a step behind the other from here on
 
-            def tile(index: Any, done: Any) -> Any:
-                sequence, head, row, start, length, first, last = tile_at(index)
+            def tile(found: Any, done: Any) -> Any:
+                sequence, head, row, start, length, first, last = found
                 row = pl.multiple_of(row + warpgroup * ROWS, ROWS)
                 top = start + row  # position of this warpgroup's first query
                 behind = done - first
