@@ -198,7 +198,7 @@ def tiled_attention(
             return sequence, head, row, start, length, first, last
 
         def work_through(tile: Any) -> Any:
-            """Run ``tile`` for each of the program's; it is given a tile and the steps before it, returns those after."""
+            """Run ``tile`` for each tile of the program: given it and the steps so far, it returns those after it."""
             number = number_of(jnp.int32(0))
             if table.shape[1] == 2:
                 return tile(tile_at(number, *extent_of(number)), jnp.int32(0))
