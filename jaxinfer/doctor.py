@@ -20,7 +20,7 @@ from jaxinfer.checkpoints import resolve
 from jaxinfer.errors import CheckpointError
 from jaxinfer.hardware import Hardware
 from jaxinfer.plan import size
-from pallas_kernels import Choice, choices
+from pallas_kernels import Choice, Device, choices
 
 Verdict = Literal["ok", "warning", "problem"]
 
@@ -143,7 +143,7 @@ def diagnose(*, measure: bool = True) -> Diagnosis:
         findings += _rates(limits.bandwidth, limits.matmul, limits.dtype, hardware.of(devices[0]))
     return Diagnosis(
         findings=tuple(findings),
-        implementations=choices(devices[0].platform) if devices else (),
+        implementations=choices(Device.of(devices[0])) if devices else (),
         rates=rates,
     )
 

@@ -27,7 +27,7 @@ from jaxinfer.generation.text import TextStream, token_text
 from jaxinfer.models.spec import ModelSpec
 from jaxinfer.plan import Plan, make_plan
 from jaxinfer.pretrained import Pretrained
-from pallas_kernels import Choice, choices
+from pallas_kernels import Choice, Device, choices
 from sharding import ShardingRules, describe, make_mesh
 
 
@@ -150,7 +150,7 @@ class InferenceEngine:
     @property
     def implementations(self) -> tuple[Choice[str], ...]:
         """Which implementation serves which operation, and why."""
-        return choices(jax.default_backend(), self.spec.heads // self.plan.layout.kv_groups)
+        return choices(Device.of(self.mesh.devices.flat[0]), self.plan.shapes)
 
     @property
     def executor(self) -> Executor:

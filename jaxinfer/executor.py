@@ -31,6 +31,7 @@ from jaxinfer.generation.sampling import (
 from jaxinfer.models.attention import Batch, LayerCache
 from jaxinfer.models.decoder import Decoder, abstract
 from jaxinfer.plan import Plan
+from pallas_kernels import Device, compiling_for
 
 Array = Any  # numpy on its way in, a tracer inside a step: jax.Array alone would be wrong at either end
 CACHE_AXES = ("blocks", "kv_heads", "block_tokens", "head_dim")
@@ -333,7 +334,9 @@ class Executor:
         if self.plan.dtype == "float32":
             # Without it a GPU multiplies float32 as TF32, with 10 bits of mantissa.
             precision = jax.default_matmul_precision("highest")
-        with self._on_compile(description), precision:
+        # By the mesh's devices, which need not be those that JAX takes by default, nor be here.
+        chosen = compiling_for(Device.of(self.mesh.devices.flat[0]))
+        with self._on_compile(description), precision, chosen:
             compiled = jitted.lower(self._leaves, self.caches, self.last, penalties, inputs).compile()
         self._compiled[key] = compiled
         return compiled

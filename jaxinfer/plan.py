@@ -22,7 +22,7 @@ from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import Layout, ModelSpec
 from jaxinfer.pretrained import DTYPES, Pretrained
-from pallas_kernels import BLOCK_SIZE, SCORE_BYTES
+from pallas_kernels import BLOCK_SIZE, SCORE_BYTES, Shapes
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
 # Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
@@ -143,6 +143,28 @@ class Plan:
         """Whether a device's memory holds it all; None where the memory is not known."""
         memory = self.hardware.memory
         return None if memory is None else self.total_bytes_per_device <= memory * USABLE
+
+    @property
+    def shapes(self) -> Shapes:
+        """What decides which implementations serve the model; sizes are those of one device."""
+        spec, tensor = self.spec, self.mesh.get("tensor", 1)
+        groups, split = self.layout.kv_groups // tensor, spec.intermediate // tensor
+        per_group = spec.heads // self.layout.kv_groups
+        sizes = {
+            "attention.qkv": (spec.hidden, groups * (per_group + 2) * spec.head_dim),
+            "attention.out": (groups * per_group * spec.head_dim, spec.hidden),
+            "mlp.up": (spec.hidden, split),
+            "mlp.down": (split, spec.hidden),
+        }
+        return Shapes(
+            dtype=self.dtype,
+            heads_per_key=per_group,
+            head_dim=spec.head_dim,
+            products=tuple(
+                (name, *size, jnp.dtype(self.parameters[f"layers.0.{name}"].dtype).name) for name, size in sizes.items()
+            ),
+            norm=spec.norm.kind,
+        )
 
     def step_bytes(self, batch: int = 1, context: int = 0) -> float:
         """Bytes that a device must read in a decode step: parameters, and the keys and values of every sequence.

@@ -5,18 +5,20 @@ entries a head, ``N`` blocks, ``S`` key positions. A block holds the keys (or va
 ``[N, G, 64, D]``; a block table row names the blocks of one sequence in order, so that key position ``p`` lies in block
 ``table[p // 64]`` at row ``p % 64``.
 
-The functions here are plain ``jax.numpy`` and run everywhere.
+The functions here are plain ``jax.numpy`` and run everywhere; decode is handed to the Hopper kernel of
+:mod:`pallas_kernels.decode_attention` where :mod:`pallas_kernels.choices` says so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.choices import Implementation, attention_choice
+from pallas_kernels.choices import AttentionImplementation, attention_choice, device
 from pallas_kernels.einsum import einsum_f32
 
 BLOCK_SIZE = 64
@@ -94,7 +96,7 @@ def attention(
     window: int | None = None,
     bias: Bias | None = None,
     sinks: jax.Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: Literal["dot", "reduce"] | None = None,
 ) -> jax.Array:
     """Causal attention of queries over keys that start at position 0.
 
@@ -114,10 +116,13 @@ def attention(
     Returns:
         [B, T, G, R, D] in the dtype of ``query``. Scores and softmax are float32.
     """
-    if implementation is None:
-        platform, tokens, per_key = jax.default_backend(), query.shape[1], query.shape[3]
-        implementation = attention_choice(platform, query_tokens=tokens, heads_per_key=per_key).implementation
-    elif implementation not in ("dot", "reduce"):
+    chosen: str | None = implementation
+    if chosen is None:
+        _, tokens, _, per_key, dim = query.shape
+        chosen = attention_choice(
+            device(), query_tokens=tokens, heads_per_key=per_key, head_dim=dim, dtype=query.dtype, paged=False
+        ).implementation
+    elif chosen not in ("dot", "reduce"):
         raise ValueError(f"implementation must be 'dot', 'reduce' or None, got {implementation!r}")
     positions = jnp.arange(key.shape[2], dtype=jnp.int32)
     # Zero times a value that is not finite is NaN, and what lies past a sequence's end is not its own.
@@ -125,7 +130,7 @@ def attention(
     value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
 
     def attend(some: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(*some, key, value, positions, scale, softcap, window, bias, sinks, implementation)
+        return _attend(*some, key, value, positions, scale, softcap, window, bias, sinks, chosen)
 
     batch, tokens, groups, per_key, dim = query.shape
     tile = query_tile(batch * groups * per_key, tokens, key.shape[2])
@@ -208,7 +213,7 @@ def paged_attention(
     window: int | None = None,
     bias: Bias | None = None,
     sinks: jax.Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: AttentionImplementation | None = None,
 ) -> jax.Array:
     """Causal attention of queries over the blocks of their sequences; one query token is decode, several are prefill.
 
@@ -217,11 +222,33 @@ def paged_attention(
         key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
         tables: int32 [B, W]; entries past a sequence's length may name any block.
         query_positions: int32 [B, T], as in :func:`attention`.
-        scale, softcap, window, bias, sinks, implementation: as in :func:`attention`.
+        scale, softcap, window, bias, sinks: as in :func:`attention`.
+        implementation: as in :func:`attention`, or ``mosaic``: the Hopper kernel, for one query token a sequence. None
+            picks as :func:`pallas_kernels.choices` says.
 
     Returns:
         [B, T, G, R, D] in the dtype of ``query``.
+
+    Raises:
+        ValueError: an unknown implementation, or arguments that the kernel, asked for by name, cannot run.
     """
+    _, tokens, _, per_key, dim = query.shape
+    if implementation is None:
+        implementation = attention_choice(
+            device(), query_tokens=tokens, heads_per_key=per_key, head_dim=dim, dtype=query.dtype,
+            kv_dtype=key_blocks.dtype,
+        ).implementation  # fmt: skip
+    if implementation == "mosaic":
+        if tokens != 1:
+            raise ValueError(f"implementation 'mosaic' runs one query token a sequence, got {tokens}")
+        # Imported here, since it imports this module, and its kernel takes a second that only Hopper needs to spend.
+        from pallas_kernels.decode_attention import decode_attention
+
+        lengths = jnp.maximum(query_positions[:, 0] + 1, 0)
+        return decode_attention(
+            query[:, 0], key_blocks, value_blocks, tables, lengths,
+            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks, implementation="mosaic",
+        )[:, None]  # fmt: skip
     return attention(
         query,
         read_blocks(key_blocks, tables),

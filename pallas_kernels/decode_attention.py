@@ -4,8 +4,7 @@ The kernel (:mod:`pallas_kernels.decode_kernel`), its ``jax.numpy`` reference, a
 in :mod:`pallas_kernels.attention`: ``B`` sequences, ``G`` key/value heads, ``R`` query heads per key/value head, ``D``
 entries a head, ``W`` blocks in a table row.
 
-The kernel compiles for sm_90a without spills and is right in interpret mode; it has not run on a GPU yet, so the
-reference is what runs unless the kernel is asked for by name.
+:func:`pallas_kernels.attention.paged_attention` is what models call, and comes here where the kernel is chosen.
 """
 
 from __future__ import annotations
@@ -17,18 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import BLOCK_SIZE, Bias, paged_attention
+from pallas_kernels.choices import DECODE_HEADS, decode_problem
 from pallas_kernels.decode_kernel import LOG2E, NEVER, DecodeConfig, columns_of, split_attention
 
 DecodeImplementation = Literal["mosaic", "reference"]
 
-MAX_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
-"""Largest R by head_dim: scores and output of a program live in registers, which spill beyond it."""
 SMEM_BYTES = 227 * 1024
 """Shared memory that a Hopper SM gives to programs."""
 SMS = 132
 RUNS = (
     "mosaic runs on Hopper with bfloat16 or float16 and query heads a key head up to "
-    + ", ".join(f"{heads} at head_dim {dim}" for dim, heads in MAX_HEADS.items())
+    + ", ".join(f"{heads} at head_dim {dim}" for dim, heads in DECODE_HEADS.items())
     + "; reference runs everywhere"
 )
 
@@ -38,12 +36,26 @@ def decode_config(
 ) -> DecodeConfig:
     """Choose splits and stages.
 
-    Two programs for each SM at least, so that one starts while another streams, and splits of at most 16 blocks, so
-    that one long sequence in a batch does not run on alone. Stages take half of an SM's shared memory: 96 KiB in
-    flight in each of two programs, where 23 KiB an SM hide the latency of HBM in the mean. Derived, not yet measured.
+    Splits cost a second kernel and float32 partial results. So a sequence is split only where there are fewer programs
+    than SMs, into no more programs than two an SM and none of fewer than 16 blocks; and where tables are so wide that
+    one long sequence in a batch of short ones would run on alone, into parts of 64 blocks. Measured on an H200 with
+    ``benchmarks/decode_attention.py``: 32 programs of 8 blocks take 12.2 us in one split and 15.6 or more in four and
+    eight; 256 programs of 64 blocks 143 us in one and 154 in four; 16 sequences of 8 blocks the same in one and two.
+    The bounds of 16 and 64 blocks are derived from that and were not measured themselves.
+
+    Stages take half of an SM's shared memory: 96 KiB in flight in each of two programs, where 23 KiB an SM hide the
+    latency of HBM in the mean; 3 stages of 32 KiB, which this gives for heads of 128, were the best measured.
+
+    Args:
+        batch, groups: sequences, and key/value heads of each.
+        heads_per_key: query heads that share a key head.
+        width: blocks that a table row has room for, which is the longest context and not each sequence's own.
+        head_dim: entries of a head.
+        sms: multiprocessors of the device.
     """
-    splits = max(math.ceil(2 * sms / (batch * groups)), math.ceil(width / 16))
-    splits = min(splits, width, 32)
+    programs = batch * groups
+    splits = min(2 * sms // programs, width // 16) if programs < sms else 1
+    splits = max(1, min(max(splits, width // 64), 32))
     columns = columns_of(heads_per_key)
     fixed = columns * (head_dim * 6 + 2 * BLOCK_SIZE) + 4096
     stage = 4 * BLOCK_SIZE * head_dim
@@ -81,7 +93,7 @@ def decode_attention(
         window: a query sees itself and the ``window - 1`` keys before it; blocks before them are not read.
         bias: ALiBi, slopes [G, R].
         sinks: [G, R] logits that take part in the softmax and have no value (as in GPT-OSS).
-        implementation: ``mosaic`` or ``reference``; None is ``reference``, until the kernel has been measured.
+        implementation: ``mosaic`` or ``reference``; None is ``reference``, which runs everywhere.
         config: how ``mosaic`` divides its work; None asks :func:`decode_config`.
 
     Returns:
@@ -150,16 +162,10 @@ def _check(
 def _check_mosaic(query: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array) -> None:
     """Refuse what the kernel cannot run."""
     _, _, heads_per_key, dim = query.shape
-    dtypes = {query.dtype, key_blocks.dtype, value_blocks.dtype}
     problem = None
-    if len(dtypes) > 1:
-        problem = "mixed dtypes " + ", ".join(sorted(str(dtype) for dtype in dtypes))
-    elif query.dtype not in (jnp.bfloat16, jnp.float16):
-        problem = f"dtype {query.dtype}"
-    elif dim not in MAX_HEADS:
-        problem = f"head_dim {dim}"
-    elif heads_per_key > MAX_HEADS[dim]:
-        problem = f"{heads_per_key} query heads a key head with head_dim {dim}"
+    if key_blocks.dtype != value_blocks.dtype:
+        problem = f"keys of {key_blocks.dtype} with values of {value_blocks.dtype}"
+    problem = problem or decode_problem(query.dtype, key_blocks.dtype, head_dim=dim, heads_per_key=heads_per_key)
     if problem is not None:
         raise ValueError(f"decode_attention: implementation 'mosaic' does not run {problem}; {RUNS}")
 

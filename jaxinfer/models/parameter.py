@@ -37,6 +37,12 @@ def parameter(shape: Sequence[int], axes: Axes, dtype: Any) -> nnx.Param[jax.Arr
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
+def factors(module: nnx.Module, name: str) -> jax.Array | None:
+    """Return the factors of a quantized weight, the parameter ``<name>_scale``, or None where it is not quantized."""
+    found = getattr(module, f"{name}_scale", None)
+    return None if found is None else found[...]
+
+
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Multiply ``x`` [..., in] with a weight stored as [out..., in], giving [..., out...] in the dtype of ``x``.
 

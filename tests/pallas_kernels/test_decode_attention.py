@@ -78,7 +78,7 @@ def test_what_the_kernel_does_not_run_is_refused_by_name(dim, heads, dtype, prob
 
 def test_mixed_dtypes_are_refused():
     given = shapes(query=((2, 2, 4, 64), jnp.float16))
-    with pytest.raises(ValueError, match="does not run mixed dtypes bfloat16, float16"):
+    with pytest.raises(ValueError, match="does not run queries of float16 with keys and values of bfloat16"):
         decode_attention(*given, scale=1.0, implementation="mosaic")
 
 
