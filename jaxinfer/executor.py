@@ -167,8 +167,7 @@ class Executor:
         self._penalties: PenaltyState | None = None
         self.trace: list[tuple[str, Callable[[], Any]]] | None = None
         self.batch = plan.slots * plan.shards
-        self.caches = self._empty_caches()
-        self.last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
+        self.caches, self.last = self._allocate()
 
     @property
     def parameters(self) -> dict[str, jax.Array]:
@@ -351,12 +350,14 @@ class Executor:
             self._penalties = build()
         return self._penalties
 
-    def _empty_caches(self) -> list[LayerCache]:
+    def _allocate(self) -> tuple[list[LayerCache], Any]:
+        """Empty caches, and the last token of each slot."""
         plan = self.plan
         shape = (plan.num_blocks * plan.shards, plan.layout.kv_groups, 64, plan.spec.head_dim)
         sharding = self._sharding(self._cache_spec)
         build = jax.jit(lambda: jnp.zeros(shape, plan.dtype), out_shardings=sharding)
-        return [(build(), build()) for _ in range(plan.spec.num_layers)]
+        last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
+        return [(build(), build()) for _ in range(plan.spec.num_layers)], last
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
