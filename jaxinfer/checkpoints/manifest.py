@@ -135,6 +135,7 @@ class Manifest:
     dtype: str | None
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, StoredFile]
+    quantize: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write it to a folder, all or nothing."""
