@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer.checkpoints import (
     Checkpoint,
@@ -32,7 +33,7 @@ from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.relayout import Move, moves, scale_moves
 from jaxinfer.models.sources import Sources
 from jaxinfer.models.spec import Layout
-from jaxinfer.quantization import check_method, wire_shape
+from jaxinfer.quantization import check_method, wire_dtype, wire_shape
 from sharding import TensorLimits
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -97,7 +98,8 @@ class Pretrained:
     @property
     def quantize(self) -> str | None:
         """How the weights lie in a store: one of :data:`jaxinfer.quantization.DTYPES`, or None."""
-        return self.checkpoint.manifest.quantize if isinstance(self.checkpoint, Store) else None
+        quantized = self.checkpoint.manifest.quantized if isinstance(self.checkpoint, Store) else None
+        return None if quantized is None else quantized.method
 
     def quantized(self, asked: str | None) -> str | None:
         """How the weights will be: as asked, or as a store has them.
@@ -123,15 +125,18 @@ class Pretrained:
         Raises:
             CheckpointError: tensors are missing, unexpected, mis-shaped or mis-typed.
         """
-        if isinstance(self.checkpoint, Store):
-            self.checkpoint.check(
-                {
-                    path: wire_shape(info.shape, info.quantization.method) if info.quantization else info.shape
-                    for path, info in self.parameters(quantize=self.quantize).items()
-                }
-            )
-        else:
+        if not isinstance(self.checkpoint, Store):
             self.sources(layout)
+            return
+        listed = self.parameters(quantize=self.quantize)
+        how = {path: info.quantization for path, info in listed.items()}
+        shapes = {
+            path: info.shape if (q := how[path]) is None else wire_shape(info.shape, q.method)
+            for path, info in listed.items()
+        }
+        dtypes = {path: wire_dtype(q.method) for path, q in how.items() if q is not None}
+        dtypes |= {path: np.dtype(np.float32) for path, info in listed.items() if info.factors}
+        self.checkpoint.check(shapes, dtypes)
 
     def load(self, layout: Layout, targets: Mapping[str, Target], *, progress: bool) -> dict[str, jax.Array]:
         """Read the parameters of a layout onto their devices.
