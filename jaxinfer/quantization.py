@@ -1,8 +1,8 @@
 """Weights of 8 and 4 bits: what their values and factors are, and how they are made and undone.
 
-Symmetric, ``weight ~ value * factor``, rounded to the nearest, ties to even. ``int8`` and ``fp8`` (e4m3, with subnormals
-and without infinities) have one float32 factor for each output channel, ``int4`` one for each group of consecutive
-inputs of a channel. A factor takes the channel's or group's largest magnitude to the largest value that the type has.
+Symmetric, ``weight ~ value * factor``, rounded to the nearest, ties to even. ``int8`` and ``fp8`` (e4m3, with
+subnormals and without infinities) have one float32 factor for each output channel, ``int4`` one for each group of
+consecutive inputs of a channel. A factor takes the largest magnitude of its channel or group to the largest value.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def quantization(method: str, name: str, held: int, *, lead: int = 0, inputs: in
     )
 
 
-def bits(dtype: object) -> int:
+def bits(dtype: Any) -> int:
     """Bits that an element takes on a device."""
     return 4 if jnp.dtype(dtype) == DTYPES["int4"] else 8 * jnp.dtype(dtype).itemsize
 

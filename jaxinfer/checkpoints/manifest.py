@@ -12,8 +12,8 @@ A digest belongs to a chunk, not to a tensor, so that a device's shard is verifi
 none: it returns flipped bits silently. Groups are committed one by one, so that a conversion can go on after a kill.
 
 Of a quantized store the manifest says how (:class:`Quantized`): beside each quantized weight lie its factors, of the
-same path with ``_scale``. Values of int4 are uint8 here, two to a byte along the last axis, the even one in the low half:
-zarr3 would take a byte for each.
+same path with ``_scale``. Values of int4 are uint8 here, two to a byte along the last axis, the even one in the low
+half: zarr3 would take a byte for each.
 """
 
 from __future__ import annotations

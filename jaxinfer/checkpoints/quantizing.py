@@ -126,7 +126,6 @@ def scale_box(box: Box, shape: Sequence[int], how: Quantization) -> Box:
     return (*box[: how.lead], *groups, *box[how.lead : len(shape) - how.inputs])
 
 
-
 class _Weight:
     """One weight that is being quantized, from any thread."""
 

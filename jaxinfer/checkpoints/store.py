@@ -107,9 +107,9 @@ class Store:
             for path, tensor in self.tensors.items()
             if dtypes and path in dtypes and tensor.dtype != dtypes[path]
         ]
-        faults = (
-            ("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong), ("of the wrong dtype", kinds)
-        )  # fmt: skip
+        faults = {
+            "missing": missing, "unexpected": unexpected, "of the wrong shape": wrong, "of the wrong dtype": kinds,
+        }.items()  # fmt: skip
         found = [f"{len(names)} tensors {fault}: {listed(names)}" for fault, names in faults if names]
         if found:
             raise CheckpointError(f"{self.path / MANIFEST}: {'; '.join(found)}")

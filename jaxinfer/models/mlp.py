@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.models.parameter import declare, matmul, parameter
+from jaxinfer.models.parameter import array, matmul, parameter, weight
 from jaxinfer.models.spec import ModelSpec
 from jaxinfer.quantization import quantization
 from sharding import psum
@@ -37,13 +37,13 @@ class Mlp(nnx.Module):
         self.gated = spec.gated_mlp
         self.activation = ACTIVATIONS[spec.activation]
         lead, lead_axes = ((2,), (None,)) if spec.gated_mlp else ((), ())
-        self.quantized = quantize is not None
         up = down = None
         if quantize is not None:
             up = quantization(quantize, "mlp.up", spec.hidden, lead=len(lead))
             down = quantization(quantize, "mlp.down", spec.intermediate // tensor)
-        declare(self, "up", (*lead, spec.intermediate, spec.hidden), (*lead_axes, "mlp", "hidden"), dtype, up)
-        declare(self, "down", (spec.hidden, spec.intermediate), ("hidden", "mlp"), dtype, down)
+        shape = (*lead, spec.intermediate, spec.hidden)
+        self.up, self.up_scale = weight(shape, (*lead_axes, "mlp", "hidden"), dtype, up)
+        self.down, self.down_scale = weight((spec.hidden, spec.intermediate), ("hidden", "mlp"), dtype, down)
         self.biased = spec.mlp_bias
         if spec.mlp_bias:
             self.up_bias = parameter((*lead, spec.intermediate), (*lead_axes, "mlp"), dtype)
@@ -52,11 +52,10 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transform [B, T, H] to [B, T, H], summed over the ``tensor`` axis."""
         with jax.named_scope("mlp"):
-            h = matmul(x, self.up[...], self.up_scale[...] if self.quantized else None)
+            h = matmul(x, self.up[...], array(self.up_scale))
             if self.biased:
                 h = h + self.up_bias[...]
             h = h.astype(jnp.float32)
             h = self.activation(h[..., 0, :]) * h[..., 1, :] if self.gated else self.activation(h)
-            scale = self.down_scale[...] if self.quantized else None
-            y = psum(matmul(h.astype(x.dtype), self.down[...], scale), "tensor")
+            y = psum(matmul(h.astype(x.dtype), self.down[...], array(self.down_scale)), "tensor")
             return y + self.down_bias[...] if self.biased else y

@@ -46,29 +46,35 @@ def parameter(shape: Sequence[int], axes: Axes, dtype: Any) -> nnx.Param[jax.Arr
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def declare(
-    module: nnx.Module, name: str, shape: Sequence[int], axes: Axes, dtype: Any, how: Quantization | None
-) -> None:
-    """Declare a weight ``[lead..., channels..., inputs...]`` and, where it is quantized, ``<name>_scale`` beside it.
+def weight(
+    shape: Sequence[int], axes: Axes, dtype: Any, how: Quantization | None
+) -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array] | None]:
+    """Declare a weight ``[lead..., channels..., inputs...]`` and, where it is quantized, its factors.
+
+    A module calls the factors as it calls the weight, with ``_scale`` added.
 
     Args:
-        module: what has them.
-        name: the weight's.
         shape, axes, dtype: of the weight, were it not quantized.
         how: how it is quantized; None where it is not.
     """
     if how is None:
-        setattr(module, name, parameter(shape, axes, dtype))
-        return
+        return parameter(shape, axes, dtype), None
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} logical axes, got {axes}")
-    setattr(module, name, nnx.Param(jnp.zeros(shape, how.dtype), axes=axes, quantization=how))
     groups = axes[len(axes) - how.inputs :]
     # Of inputs [G, R, D], in groups [G, R * D / g], only the first axis is ever divided.
     kept: Axes = () if how.group is None else groups if how.inputs == 1 else (groups[0], None)
     scale_axes = (*axes[: how.lead], *kept, *axes[how.lead : len(axes) - how.inputs])
-    scale = nnx.Param(jnp.zeros(how.scale_shape(shape), jnp.float32), axes=scale_axes, factors=True)
-    setattr(module, f"{name}_scale", scale)
+    scale = jnp.zeros(how.scale_shape(shape), jnp.float32)
+    return (
+        nnx.Param(jnp.zeros(shape, how.dtype), axes=axes, quantization=how),
+        nnx.Param(scale, axes=scale_axes, factors=True),
+    )
+
+
+def array(declared: nnx.Param[jax.Array] | None) -> jax.Array | None:
+    """The array of a parameter that a module may lack."""
+    return None if declared is None else declared[...]
 
 
 def matmul(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:

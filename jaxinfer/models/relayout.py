@@ -74,7 +74,7 @@ def scale_moves(
         return tuple(Move((*whole, *m.source), (*whole, *m.target)) for m in moves(path, shape[1:], spec, layout))
     if shape == target:
         return moves(path, shape, spec, layout)
-    rest = (slice(0, shape[-1]),)
+    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]
     if name == "down_scale":
         finer = target[0] // shape[0]
         pairs = [((g // finer,), (g,)) for g in range(target[0])]
@@ -86,7 +86,8 @@ def scale_moves(
             for g in range(target[0])
             for i in range(target[1])
         ]
-    return tuple(
-        Move((*(slice(i, i + 1) for i in source), *rest), (*(slice(i, i + 1) for i in place), *rest))
-        for source, place in pairs
-    )
+
+    def row(place: tuple[int, ...]) -> Box:
+        return (*(slice(i, i + 1) for i in place), slice(0, shape[-1]))
+
+    return tuple(Move(row(source), row(place)) for source, place in pairs)
