@@ -182,7 +182,7 @@ def linear_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int) 
     if weight not in (dtype, *LINEAR_WEIGHTS):
         return f"weights of {weight} with x of {dtype}"
     # Rows of a weight are copied in pieces of 16 bytes, and read by wgmma in pieces of 32.
-    multiple = {"int4": 64, "int8": 32}.get(weight, 16)
+    multiple = {"int4": 64, "int8": 32, "float8_e4m3fn": 32}.get(weight, 16)
     if inputs == 0 or inputs % multiple:
         return f"{inputs} inputs, which {multiple} does not divide"
     if outputs == 0 or outputs % 8:

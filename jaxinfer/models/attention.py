@@ -11,8 +11,9 @@ from flax import nnx
 import pallas_kernels as ops
 from jaxinfer.models import positions
 from jaxinfer.models.norm import Norm
-from jaxinfer.models.parameter import factors, parameter
+from jaxinfer.models.parameter import array, parameter, weight
 from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
+from jaxinfer.quantization import quantization
 from sharding import axis_index, linear_psum
 
 LayerCache = tuple[jax.Array, jax.Array]
@@ -45,13 +46,29 @@ class Attention(nnx.Module):
     off the local shape.
     """
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
-        """Declare the weights ``qkv`` [G, R + 2, D, H] and ``out`` [H, G, R, D]."""
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None
+    ) -> None:
+        """Declare the weights ``qkv`` [G, R + 2, D, H] and ``out`` [H, G, R, D].
+
+        Quantized, there are factors too: ``qkv_scale`` [G, R + 2, D] and ``out_scale`` [H], or of int4
+        [H / g, G, R + 2, D] and [G, R * D / g, H].
+
+        Raises:
+            ConfigError: int4, and no group divides the inputs.
+        """
         groups, dim = layout.kv_groups, spec.head_dim
         per_group = spec.heads // groups
         self.layer, self.softcap, self.alibi = layer, spec.softcap, spec.alibi
-        self.qkv = parameter((groups, per_group + 2, dim, spec.hidden), ("kv_heads", None, "head_dim", "hidden"), dtype)
-        self.out = parameter((spec.hidden, groups, per_group, dim), ("hidden", "kv_heads", None, "head_dim"), dtype)
+        qkv = out = None
+        if quantize is not None:
+            qkv = quantization(quantize, "attention.qkv", spec.hidden)
+            out = quantization(quantize, "attention.out", per_group * dim, inputs=3)
+        axes = ("kv_heads", None, "head_dim")
+        shape = (groups, per_group + 2, dim, spec.hidden)
+        self.qkv, self.qkv_scale = weight(shape, (*axes, "hidden"), dtype, qkv)
+        shape = (spec.hidden, groups, per_group, dim)
+        self.out, self.out_scale = weight(shape, ("hidden", *axes), dtype, out)
         self.qkv_biased, self.out_biased = spec.qkv_bias, spec.out_bias
         if spec.qkv_bias:
             self.qkv_bias = parameter((groups, per_group + 2, dim), ("kv_heads", None, "head_dim"), dtype)
@@ -81,7 +98,7 @@ class Attention(nnx.Module):
         """
         with jax.named_scope("attention"):
             qkv = ops.linear(
-                x, self.qkv[...], factors(self, "qkv"),
+                x, self.qkv[...], array(self.qkv_scale),
                 norm=None if norm is None else norm.of_input(),
                 bias=self.qkv_bias[...] if self.qkv_biased else None,
             )  # fmt: skip
@@ -109,7 +126,7 @@ class Attention(nnx.Module):
                     query, keys, values, batch.tables, batch.positions,
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
-            out, out_scale = self.out[...], factors(self, "out")
+            out, out_scale = self.out[...], array(self.out_scale)
             if out_scale is not None and out_scale.ndim > 1:
                 out_scale = out_scale.reshape(-1, out_scale.shape[-1])
             y = linear_psum(
