@@ -159,7 +159,7 @@ class Executor:
         self._treedef = jax.tree.structure(state)
         self._leaves = [leaves[path] for path in plan.parameters]
         self._leaf_specs = [plan.rules.spec(info.axes) for info in plan.parameters.values()]
-        self._cache_spec = plan.rules.spec(CACHE_AXES)
+        self._cache_specs = tuple(plan.rules.spec(CACHE_AXES[: len(shape)]) for shape, _ in plan.cache_arrays)
         self._rows = plan.rules.spec(("batch",))
         self._steps_rows = plan.rules.spec((None, "batch"))
         self._on_compile = on_compile or (lambda _: contextlib.nullcontext())
@@ -321,7 +321,7 @@ class Executor:
         if key in self._compiled:
             return self._compiled[key]
         inputs, penalties = arguments
-        cache_specs = [(self._cache_spec, self._cache_spec)] * self.plan.spec.num_layers
+        cache_specs = [self._cache_specs] * self.plan.spec.num_layers
         kept = (cache_specs, self._rows, self._rows)
         in_specs = (self._leaf_specs, *kept, self._rows)
         mapped = jax.shard_map(
@@ -352,12 +352,13 @@ class Executor:
 
     def _allocate(self) -> tuple[list[LayerCache], Any]:
         """Empty caches, and the last token of each slot."""
-        plan = self.plan
-        shape = (plan.num_blocks * plan.shards, plan.layout.kv_groups, 64, plan.spec.head_dim)
-        sharding = self._sharding(self._cache_spec)
-        build = jax.jit(lambda: jnp.zeros(shape, plan.dtype), out_shardings=sharding)
+        # Zeros as factors too: what nobody wrote is never read.
+        builds = [
+            jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=self._sharding(spec))
+            for (shape, dtype), spec in zip(self.plan.cache_arrays, self._cache_specs, strict=True)
+        ]
         last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
-        return [(build(), build()) for _ in range(plan.spec.num_layers)], last
+        return [tuple(build() for build in builds) for _ in range(self.plan.spec.num_layers)], last
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)

@@ -7,6 +7,7 @@ from pallas_kernels.attention import attention as attention
 from pallas_kernels.attention import paged_attention as paged_attention
 from pallas_kernels.attention import read_blocks as read_blocks
 from pallas_kernels.attention import write_blocks as write_blocks
+from pallas_kernels.attention import write_cache as write_cache
 from pallas_kernels.choices import Choice as Choice
 from pallas_kernels.choices import Device as Device
 from pallas_kernels.choices import Shapes as Shapes

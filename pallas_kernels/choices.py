@@ -213,7 +213,7 @@ def linear_choice(
     elif rows == 0:
         reason = "there are no rows"
     else:
-        reason = "the kernel reads the weight once and at the speed of memory, with norm and what follows inside it"
+        reason = "the kernel reads the weight once and computes the norm before it and what follows as well"
         return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
     return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
 

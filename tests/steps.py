@@ -98,10 +98,12 @@ def build(name: str) -> Any:
         """Compiles its steps for devices that are not here."""
 
         def _allocate(self) -> Any:
-            shape = (plan.num_blocks, plan.layout.kv_groups, 64, spec.head_dim)
-            cache = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=self._sharding(self._cache_spec))
+            cache = tuple(
+                jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
+                for (shape, dtype), spec in zip(plan.cache_arrays, self._cache_specs, strict=True)
+            )
             last = jax.ShapeDtypeStruct((self.batch,), jnp.int32, sharding=self._sharding(self._rows))
-            return [(cache, cache)] * spec.num_layers, last
+            return [cache] * plan.spec.num_layers, last
 
     placements = Executor.placements(plan, mesh)
     leaves = {

@@ -16,8 +16,8 @@ from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
 from jaxinfer.quantization import quantization
 from sharding import axis_index, linear_psum
 
-LayerCache = tuple[jax.Array, jax.Array]
-"""Key and value blocks of one layer, each [N, G, 64, D]."""
+LayerCache = tuple[jax.Array, ...]
+"""Key and value blocks of one layer, each [N, G, 64, D]; of 8 bits also their factors, each float32 [N, G, 64]."""
 
 
 @jax.tree_util.register_dataclass
@@ -119,12 +119,13 @@ class Attention(nnx.Module):
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
             else:
-                keys = ops.write_blocks(cache[0], key, batch.tables, batch.positions)
-                values = ops.write_blocks(cache[1], value, batch.tables, batch.positions)
-                cache = (keys, values)
+                cache = ops.write_cache(cache, key, value, batch.tables, batch.positions)
+                keys, values, *factors = cache
+                key_scales, value_scales = factors or (None, None)
                 y = ops.paged_attention(
                     query, keys, values, batch.tables, batch.positions,
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
+                    key_scales=key_scales, value_scales=value_scales,
                 )  # fmt: skip
             out, out_scale = self.out[...], array(self.out_scale)
             if out_scale is not None and out_scale.ndim > 1:
