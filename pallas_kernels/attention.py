@@ -310,7 +310,8 @@ def paged_attention(
         lengths = jnp.maximum(query_positions[:, 0] + 1, 0)
         return decode_attention(
             query[:, 0], key_blocks, value_blocks, tables, lengths,
-            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks, implementation="mosaic",
+            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+            key_scales=key_scales, value_scales=value_scales, implementation="mosaic",
         )[:, None]  # fmt: skip
 
     def factors(scales: jax.Array | None) -> jax.Array | None:

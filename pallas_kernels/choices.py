@@ -39,6 +39,12 @@ DECODE_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
 """Head sizes that the decode attention kernel runs, and the most query heads a key head that each of them allows:
 scores and output of a program live in registers, which spill beyond it."""
 
+DECODE_NARROW: tuple[str, ...] = ("int8", "float8_e4m3fn")
+"""Dtypes of quantized keys and values that the decode attention kernel reads as they are stored."""
+
+DECODE_NARROW_HEADS = {64: 64, 128: 48, 256: 32}
+"""As :data:`DECODE_HEADS`, for these: widening takes registers too."""
+
 HALVES = ("bfloat16", "float16")
 
 
@@ -118,10 +124,14 @@ def decode_problem(dtype: Any, kv_dtype: Any, *, head_dim: int, heads_per_key: i
     queries, cached = jnp.dtype(dtype).name, jnp.dtype(kv_dtype).name
     if queries not in HALVES:
         return f"dtype {queries}"
-    if queries != cached:
+    if queries != cached and cached not in DECODE_NARROW:
         return f"queries of {queries} with keys and values of {cached}"
     if head_dim not in DECODE_HEADS:
         return f"head_dim {head_dim}"
+    if queries != cached and head_dim not in DECODE_NARROW_HEADS:
+        return f"keys and values of {cached} with head_dim {head_dim}"
+    if queries != cached and heads_per_key > DECODE_NARROW_HEADS[head_dim]:
+        return f"{heads_per_key} query heads a key head with head_dim {head_dim} and keys and values of {cached}"
     if heads_per_key > DECODE_HEADS[head_dim]:
         return f"{heads_per_key} query heads a key head with head_dim {head_dim}"
     return None

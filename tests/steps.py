@@ -31,6 +31,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "gemma": ({"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {}, 512),
     "falcon": ({"residual": "parallel", "kv_heads": 1, "activation": "gelu", "alibi": True}, {}, 512),
     "odd heads": ({"head_dim": 72}, {}, 512),
+    "llama, int8 weights and cache": (
+        {"norm": "rms", "gated_mlp": True}, {"quantize": "int8", "kv_dtype": "int8"}, 512,
+    ),
+    "llama, int4 weights, fp8 cache": (
+        {"norm": "rms", "gated_mlp": True}, {"quantize": "int4", "kv_dtype": "fp8"}, 512,
+    ),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pallas_kernels
 from pallas_kernels.choices import (
     DECODE_HEADS,
+    DECODE_NARROW_HEADS,
     MAX_LINEAR_ROWS,
     MAX_REDUCE_HEADS,
     Device,
@@ -41,6 +42,12 @@ MANY = MAX_REDUCE_HEADS + 1
         (HOPPER, 1, 1, 72, "bfloat16", None, True, "reduce"),
         (HOPPER, 1, 65, 128, "bfloat16", None, True, "dot"),
         (HOPPER, 1, 1, 128, "bfloat16", "float16", True, "reduce"),
+        (HOPPER, 1, 48, 128, "bfloat16", "int8", True, "mosaic"),
+        (HOPPER, 1, 49, 128, "bfloat16", "int8", True, "dot"),
+        (HOPPER, 1, 4, 64, "float16", "float8_e4m3fn", True, "mosaic"),
+        (HOPPER, 1, 1, 96, "bfloat16", "int8", True, "reduce"),
+        (HOPPER, 2, 1, 128, "bfloat16", "int8", True, "dot"),
+        (AMPERE, 1, 1, 128, "bfloat16", "int8", True, "reduce"),
         (HOPPER, 1, 1, 128, "bfloat16", None, False, "reduce"),
         (HOPPER, 2, 1, 128, "bfloat16", None, True, "dot"),
         (AMPERE, 1, MAX_REDUCE_HEADS, 128, "bfloat16", None, True, "reduce"),
@@ -101,17 +108,20 @@ def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(row
         jax.eval_shape(lambda kw: skinny_gemm(**kw, implementation="mosaic"), operands)
 
 
+@pytest.mark.parametrize("kv", [None, jnp.int8, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("dim", [64, 72, 80, 256])
-@pytest.mark.parametrize("heads", [1, 32, 33, 80, 81])
-def test_the_kernel_of_decode_attention_is_chosen_only_where_it_accepts_the_operands(dtype, dim, heads):
-    chosen = attention_choice(HOPPER, query_tokens=1, heads_per_key=heads, head_dim=dim, dtype=dtype)
-    shapes = [((2, 2, heads, dim), dtype), *[((9, 2, 64, dim), dtype)] * 2, ((2, 3), jnp.int32), ((2,), jnp.int32)]
+@pytest.mark.parametrize("heads", [1, 32, 33, 65, 80, 81])
+def test_the_kernel_of_decode_attention_is_chosen_only_where_it_accepts_the_operands(dtype, kv, dim, heads):
+    chosen = attention_choice(HOPPER, query_tokens=1, heads_per_key=heads, head_dim=dim, dtype=dtype, kv_dtype=kv)
+    blocks = (9, 2, 64, dim)
+    shapes = [((2, 2, heads, dim), dtype), *[(blocks, kv or dtype)] * 2, ((2, 3), jnp.int32), ((2,), jnp.int32)]
     operands = [jax.ShapeDtypeStruct(*given) for given in shapes]
-    runs = dtype == jnp.bfloat16 and heads <= DECODE_HEADS.get(dim, 0)
+    factors = {} if kv is None else {f"{name}_scales": jnp.ones(blocks[:3]) for name in ("key", "value")}
+    runs = dtype == jnp.bfloat16 and heads <= (DECODE_HEADS if kv is None else DECODE_NARROW_HEADS).get(dim, 0)
     assert (chosen.implementation == "mosaic") == runs
     with contextlib.nullcontext() if runs else pytest.raises(ValueError, match="does not run"):
-        jax.eval_shape(lambda *a: decode_attention(*a, scale=1.0, implementation="mosaic"), *operands)
+        jax.eval_shape(lambda *a: decode_attention(*a, scale=1.0, implementation="mosaic", **factors), *operands)
 
 
 @pytest.mark.parametrize("on", [CPU, AMPERE, HOPPER], ids=str)
