@@ -49,6 +49,12 @@ class LoadOptions:
         Option(help="Axis sizes: data=2,tensor=4. Default: all devices, tensor first.", metavar="SIZES"),
     ] = None
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16. Default: the checkpoint's.")] = None
+    quantize: Annotated[
+        str | None, Option(help="Weights of attention and MLP: int8, int4 or fp8. Default: of the dtype.")
+    ] = None
+    kv_dtype: Annotated[
+        str | None, Option(help="Cached keys and values: auto, int8 or fp8. Default: auto, of the dtype.")
+    ] = None
     max_batch: Annotated[
         int | None, Option(help="Sequences that decode together. Default: as many as there are, up to 16.")
     ] = None
@@ -75,9 +81,9 @@ class LoadOptions:
             sizes[axis] = int(size)
         return sizes
 
-    def given(self) -> dict[str, int]:
-        """The sizes that were given, as arguments of ``init_inference`` and ``plan``."""
-        names = ("max_batch", "max_model_len", "kv_blocks")
+    def given(self) -> dict[str, Any]:
+        """The sizes and the quantization that were given, as arguments of ``init_inference`` and ``plan``."""
+        names = ("quantize", "kv_dtype", "max_batch", "max_model_len", "kv_blocks")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def plan(self, **changes: Any) -> Plan:

@@ -20,9 +20,11 @@ from jaxinfer.generation.scheduler import power_of_two
 from jaxinfer.hardware import Hardware
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.models.shapes import shapes_of
 from jaxinfer.models.spec import Layout, ModelSpec
 from jaxinfer.pretrained import DTYPES, Pretrained
-from pallas_kernels import BLOCK_SIZE, SCORE_BYTES
+from jaxinfer.quantization import check_method
+from pallas_kernels import BLOCK_SIZE, SCORE_BYTES, Choice, choices
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
 # Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
@@ -30,6 +32,8 @@ USABLE = 0.92
 # KV cache of a CPU where the caller gives no size: enough for notebooks and tests, small beside a laptop's memory.
 CPU_CACHE_BYTES = 2 << 30
 CPU_WORKSPACE_TOKENS = 512
+KV_DTYPES: dict[str, str | None] = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}
+"""Names of ``kv_dtype``, and JAX's; None is that of the model."""
 BOUND_CONTEXT = 512
 """Tokens of the sequences whose bounds a plan shows."""
 
@@ -43,7 +47,10 @@ class Plan:
         layout: how it is laid out for the ``tensor`` axis.
         rules: logical axis -> mesh axis.
         mesh: size of each mesh axis.
-        dtype: of parameters, activations and cache.
+        dtype: of parameters and activations.
+        kv_dtype: of cached keys and values: ``auto`` is ``dtype``; ``int8`` or ``fp8`` with a factor for each head of
+            each token.
+        quantize: how the weights of attention and MLP are, ``int8``, ``int4`` or ``fp8``; None: of ``dtype``.
         parameters: every parameter by path.
         hardware: one device of the mesh.
         slots: sequences that decode together, on each data shard.
@@ -67,6 +74,8 @@ class Plan:
     decode_chunk: int
     prefill_chunk: int
     prefill_tokens: int
+    quantize: str | None = None
+    kv_dtype: str = "auto"
 
     @property
     def shards(self) -> int:
@@ -77,6 +86,20 @@ class Plan:
     def devices(self) -> int:
         """Devices of the mesh."""
         return math.prod(self.mesh.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """The model's parameters; the factors of quantized weights are not counted."""
+        return sum(math.prod(info.shape) for info in self.parameters.values() if not info.factors)
+
+    @property
+    def weights(self) -> str:
+        """The dtype, and how weights are quantized, in words: ``bfloat16, weights int4 in groups of 128``."""
+        if self.quantize is None:
+            return self.dtype
+        groups = {info.quantization.group for info in self.parameters.values() if info.quantization is not None}
+        sizes = " and ".join(str(group) for group in sorted(filter(None, groups), reverse=True))
+        return f"{self.dtype}, weights {self.quantize}{f' in groups of {sizes}' if sizes else ''}"
 
     @property
     def weight_bytes(self) -> int:
@@ -101,9 +124,20 @@ class Plan:
     @property
     def block_bytes_per_device(self) -> int:
         """Bytes of one KV block, keys and values of every layer, on each device."""
-        groups = self.layout.kv_groups // self.mesh.get("tensor", 1)
-        itemsize = jnp.dtype(self.dtype).itemsize
-        return 2 * self.spec.num_layers * groups * BLOCK_SIZE * self.spec.head_dim * itemsize
+        arrays = sum(math.prod(shape[1:]) * jnp.dtype(dtype).itemsize for shape, dtype in self.cache_arrays)
+        return self.spec.num_layers * arrays // self.mesh.get("tensor", 1)
+
+    @property
+    def cache_dtype(self) -> str:
+        """Dtype of cached keys and values, in JAX's words."""
+        return KV_DTYPES[self.kv_dtype] or self.dtype
+
+    @property
+    def cache_arrays(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Shape, over all devices, and dtype of each array of a layer's cache: a ``LayerCache``."""
+        shape = (self.num_blocks * self.shards, self.layout.kv_groups, BLOCK_SIZE, self.spec.head_dim)
+        factors = ((shape[:-1], "float32"),) * 2 if KV_DTYPES[self.kv_dtype] else ()
+        return ((shape, self.cache_dtype),) * 2 + factors
 
     @property
     def cache_bytes_per_device(self) -> int:
@@ -121,7 +155,9 @@ class Plan:
         rows, size = self.prefill_tokens, jnp.dtype(self.dtype).itemsize
         width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
         scores = min(4 * rows * spec.heads // tensor * self.prefill_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
-        gathered = 2 * self.prefill_blocks * self.block_bytes_per_device // spec.num_layers
+        groups = self.layout.kv_groups // tensor
+        widened = 2 * groups * BLOCK_SIZE * spec.head_dim * size
+        gathered = self.prefill_blocks * (self.block_bytes_per_device // spec.num_layers + widened)
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
         return rows * width * size * 2 + scores + gathered + logits
 
@@ -143,6 +179,13 @@ class Plan:
         """Whether a device's memory holds it all; None where the memory is not known."""
         memory = self.hardware.memory
         return None if memory is None else self.total_bytes_per_device <= memory * USABLE
+
+    @property
+    def implementations(self) -> tuple[Choice[str], ...]:
+        """Which implementation serves which operation on the plan's hardware, and why."""
+        weights = {path: info.dtype for path, info in self.parameters.items()}
+        shapes = shapes_of(self.spec, self.layout, self.dtype, self.cache_dtype, weights)
+        return choices(self.hardware.device, shapes)
 
     def step_bytes(self, batch: int = 1, context: int = 0) -> float:
         """Bytes that a device must read in a decode step: parameters, and the keys and values of every sequence.
@@ -175,7 +218,7 @@ class Plan:
         layers = sum(
             math.prod(info.shape) // self._ways(info.axes)
             for path, info in self.parameters.items()
-            if path.startswith("layers.") and len(info.shape) > 1
+            if path.startswith("layers.") and len(info.shape) > 1 and not info.factors
         )
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
         head = spec.hidden * self.layout.vocab_rows // tensor
@@ -205,15 +248,15 @@ class Plan:
         cache = self.cache_bytes_per_device
         tokens = (self.num_blocks - 1) * BLOCK_SIZE
         table = [
-            ("model", self.spec.family, f"{sum(math.prod(i.shape) for i in self.parameters.values()):,} parameters"),
-            ("dtype", self.dtype, ""),
+            ("model", self.spec.family, f"{self.parameter_count:,} parameters"),
+            ("dtype", self.weights, ""),
             (
                 "mesh",
                 " ".join(f"{a}={n}" for a, n in self.mesh.items() if n > 1) or "one device",
                 f"{devices} x {self.hardware.kind}",
             ),
             ("weights (device)", size(self.weight_bytes_per_device), size(self.weight_bytes_per_device * devices)),
-            (f"KV cache (device), {tokens:,} tokens a shard", size(cache), size(cache * devices)),
+            (f"KV cache (device), {tokens:,} tokens a shard, {self.cache_dtype}", size(cache), size(cache * devices)),
             ("workspace (device), at most", size(self.workspace_bytes_per_device), ""),
             ("host", "0 B", "nothing is paged"),
             ("disk", "0 B", "nothing is paged"),
@@ -237,10 +280,12 @@ class Plan:
         return {
             "family": self.spec.family,
             "dtype": self.dtype,
+            "quantize": self.quantize,
+            "kv_dtype": self.cache_dtype,
             "mesh": dict(self.mesh),
             "device": self.hardware.kind,
             "device_memory": self.hardware.memory,
-            "parameters": sum(math.prod(info.shape) for info in self.parameters.values()),
+            "parameters": self.parameter_count,
             "weight_bytes": self.weight_bytes,
             "per_device": {
                 "weight_bytes": self.weight_bytes_per_device,
@@ -262,12 +307,14 @@ class Plan:
                 },
                 "measured": self.hardware.measured,
             },
+            "implementations": [choice.to_dict() for choice in self.implementations],
         }
 
     def __str__(self) -> str:
         rows = [("", "each device", "in all"), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *map(str, self.implementations)])
 
     def __repr__(self) -> str:
         return str(self)
@@ -276,7 +323,8 @@ class Plan:
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
         )
-        return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table>"
+        served = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.implementations)
+        return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table><ul>{served}</ul>"
 
 
 def size(count: float) -> str:
@@ -301,6 +349,8 @@ def make_plan(
     prefill_chunk: int = 512,
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
+    quantize: str | None = None,
+    kv_dtype: str = "auto",
     must_fit: bool = True,
 ) -> Plan:
     """Lay a model out over a mesh.
@@ -308,7 +358,7 @@ def make_plan(
     Args:
         spec: the architecture.
         mesh: size of each mesh axis.
-        dtype: of parameters, activations and cache: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of parameters and activations: ``float32``, ``bfloat16`` or ``float16``.
         hardware: one device of the mesh.
         max_batch: sequences that decode together, over all data shards; rounded up to a multiple of them.
         max_model_len: most tokens of a sequence; the model's context length where None.
@@ -316,16 +366,22 @@ def make_plan(
             memory goes.
         decode_chunk, prefill_chunk, prefill_tokens: see :class:`Plan`.
         rules: logical axis -> mesh axis.
+        quantize: how the weights of attention and MLP are: ``int8``, ``int4``, ``fp8`` or None.
+        kv_dtype: of cached keys and values: ``auto``, ``int8`` or ``fp8``; see :class:`Plan`.
         must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
     Raises:
-        ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length.
+        ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length;
+            int4 for a weight whose inputs on one device no group divides.
         CapacityError: the memory does not hold the weights and a useful cache.
         sharding.MeshError: rules that the steps do not follow.
     """
     _check_rules(rules or ShardingRules(), mesh)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    check_method(quantize)
     numbers = {
         "max_batch": max_batch, "max_model_len": max_model_len, "kv_blocks": kv_blocks, "decode_chunk": decode_chunk,
         "prefill_chunk": prefill_chunk, "prefill_tokens": prefill_tokens,
@@ -340,13 +396,14 @@ def make_plan(
     shards = mesh.get("data", 1)
     longest = max_model_len or spec.context_length
     slots = -(-max_batch // shards)
+    listed = parameters(abstract(spec, layout, jnp.dtype(dtype), quantize))
 
     def build(blocks: int) -> Plan:
         return Plan(
             spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype,
-            parameters=parameters(abstract(spec, layout, jnp.dtype(dtype))), hardware=hardware, slots=slots,
-            num_blocks=blocks, max_model_len=longest, decode_chunk=decode_chunk,
-            prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
+            parameters=listed, hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest,
+            decode_chunk=decode_chunk, prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
+            quantize=quantize, kv_dtype=kv_dtype,
         )  # fmt: skip
 
     if kv_blocks is not None:
@@ -402,6 +459,8 @@ def plan(
     prefill_chunk: int = 512,
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
+    quantize: str | None = None,
+    kv_dtype: str = "auto",
 ) -> Plan:
     """Say where every byte of a model would live and what that bounds, without loading it.
 
@@ -412,8 +471,8 @@ def plan(
         model, mesh, dtype: as in :func:`jaxinfer.init_inference`.
         device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
-        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules: as in
-            :func:`jaxinfer.init_inference`.
+        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, kv_dtype: as
+            in :func:`jaxinfer.init_inference`.
 
     Raises:
         ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
@@ -429,7 +488,8 @@ def plan(
         found = make_plan(
             pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
-            prefill_tokens=prefill_tokens, rules=rules, must_fit=False,
+            prefill_tokens=prefill_tokens, rules=rules, quantize=pretrained.quantized(quantize), kv_dtype=kv_dtype,
+            must_fit=False,
         )  # fmt: skip
         pretrained.check(found.layout)
     return found
