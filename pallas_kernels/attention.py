@@ -5,8 +5,9 @@ entries a head, ``N`` blocks, ``S`` key positions. A block holds the keys (or va
 ``[N, G, 64, D]``; a block table row names the blocks of one sequence in order, so that key position ``p`` lies in block
 ``table[p // 64]`` at row ``p % 64``.
 
-The functions here are plain ``jax.numpy`` and run everywhere; decode is handed to the Hopper kernel of
-:mod:`pallas_kernels.decode_attention` where :mod:`pallas_kernels.choices` says so.
+The functions here are plain ``jax.numpy`` and run everywhere; :func:`paged_attention` hands decode and prefill to the
+Hopper kernels of :mod:`pallas_kernels.decode_attention` and :mod:`pallas_kernels.prefill_attention` where
+:mod:`pallas_kernels.choices` says so.
 """
 
 from __future__ import annotations
@@ -286,7 +287,8 @@ def paged_attention(
         query_positions: int32 [B, T], as in :func:`attention`.
         scale, softcap, window, bias, sinks: as in :func:`attention`.
         key_scales, value_scales: float32 [N, G, 64], factors of blocks of 8 bits; None where they are not.
-        implementation: as in :func:`attention`, or ``mosaic``: the Hopper kernel, for one query token a sequence. None
+        implementation: as in :func:`attention`, or ``mosaic``: the Hopper kernel of decode for one query token a
+            sequence, that of prefill for more, whose positions then are consecutive in each row up to its padding. None
             picks as :func:`pallas_kernels.choices` says.
 
     Returns:
@@ -302,9 +304,16 @@ def paged_attention(
             kv_dtype=key_blocks.dtype,
         ).implementation  # fmt: skip
     if implementation == "mosaic":
-        if tokens != 1:
-            raise ValueError(f"implementation 'mosaic' runs one query token a sequence, got {tokens}")
-        # Imported here, since it imports this module, and its kernel takes a second that only Hopper needs to spend.
+        # Imported here, since they import this module, and their kernels take a second that only Hopper needs to spend.
+        if tokens > 1:
+            from pallas_kernels.prefill_attention import prefill_attention
+
+            if key_scales is not None or value_scales is not None:
+                raise ValueError(f"implementation 'mosaic' of prefill does not run keys and values of {key_blocks.dtype}")
+            return prefill_attention(
+                query, key_blocks, value_blocks, tables, query_positions,
+                scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks, implementation="mosaic",
+            )  # fmt: skip
         from pallas_kernels.decode_attention import decode_attention
 
         lengths = jnp.maximum(query_positions[:, 0] + 1, 0)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 AttentionImplementation = Literal["dot", "reduce", "mosaic"]
-"""Of attention: matrix products, or multiply and sum, of ``jax.numpy``; or the Hopper kernel."""
+"""Of attention: matrix products, or multiply and sum, of ``jax.numpy``; or a Hopper kernel."""
 
 LinearImplementation = Literal["dot", "mosaic"]
 """Of a product with a weight: XLA's matrix product and what it fuses to it, or the Hopper kernel."""
@@ -44,6 +44,13 @@ DECODE_NARROW: tuple[str, ...] = ("int8", "float8_e4m3fn")
 
 DECODE_NARROW_HEADS = {64: 64, 128: 48, 256: 32}
 """As :data:`DECODE_HEADS`, for these: widening takes registers too."""
+
+PREFILL_KERNEL = True
+"""Whether the prefill attention kernel is chosen where it runs. False leaves prefill to XLA; the kernel, asked for by
+name, runs all the same."""
+
+PREFILL_HEADS = (64, 80, 96, 128, 256)
+"""Head sizes that the prefill attention kernel runs."""
 
 HALVES = ("bfloat16", "float16")
 
@@ -137,6 +144,45 @@ def decode_problem(dtype: Any, kv_dtype: Any, *, head_dim: int, heads_per_key: i
     return None
 
 
+def prefill_problem(dtype: Any, kv_dtype: Any, *, head_dim: int) -> str | None:
+    """Name what the prefill attention kernel cannot run, or None where it can run all."""
+    queries, cached = jnp.dtype(dtype).name, jnp.dtype(kv_dtype).name
+    if queries not in HALVES:
+        return f"dtype {queries}"
+    if queries != cached:
+        return f"queries of {queries} with keys and values of {cached}"
+    return None if head_dim in PREFILL_HEADS else f"head_dim {head_dim}"
+
+
+def prefill_choice(
+    on: Device, *, head_dim: int, dtype: Any, kv_dtype: Any = None, paged: bool = True
+) -> Choice[AttentionImplementation]:
+    """Choose how attention of several query tokens a sequence is computed; arguments as in :func:`attention_choice`.
+
+    cuDNN is not among the answers: it reads no blocks, knows no softcap, no ALiBi and no chunk that starts late, and
+    was slower in every case that both run (``benchmarks/prefill_attention.py``, H200, one run, bfloat16, TFLOP/s of the
+    products over the keys that are seen, without the gather that cuDNN needs before): 473 against 550 (8 x 2040 tokens,
+    32 heads of 128), 481 against 557 (the same, 8 key heads), 553 against 631 (1 x 8192), 341 against 378 (8 x 2048,
+    heads of 64), 514 against 538 (8 x 2048, 16 heads of 256, 8 key heads), 294 against 397 (8 x 2040, window of 512).
+    :func:`pallas_kernels.prefill_attention.prefill_attention` runs it where it is asked for by name.
+    """
+    op = "prefill attention"
+    problem = prefill_problem(dtype, dtype if kv_dtype is None else kv_dtype, head_dim=head_dim)
+    if not paged:
+        why = "keys and values are not in blocks"
+    elif not on.hopper:
+        why = f"the kernel is made for Hopper, and this is {on}"
+    elif problem is not None:
+        why = f"the kernel does not run {problem}"
+    elif not PREFILL_KERNEL:
+        why = "the kernel is switched off"
+    else:
+        reason = "the kernel reads the blocks where they lie and keeps no scores; faster than cuDNN on the H200"
+        return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    reason = f"{why}; many query tokens share each key, which is what matrix products are for"
+    return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
+
+
 def attention_choice(
     on: Device,
     *,
@@ -158,11 +204,9 @@ def attention_choice(
         kv_dtype: of keys and values as they are stored; None: that of the queries.
         paged: whether keys and values lie in the blocks of a cache, not in one array.
     """
-    decode = query_tokens == 1
-    op = "decode attention" if decode else "prefill attention"
-    if not decode:
-        reason = "many query tokens share each key, which is what matrix products are for"
-        return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
+    if query_tokens > 1:
+        return prefill_choice(on, head_dim=head_dim, dtype=dtype, kv_dtype=kv_dtype, paged=paged)
+    op = "decode attention"
     why = "keys and values are not in blocks"
     if paged:
         problem = decode_problem(

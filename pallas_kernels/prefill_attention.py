@@ -4,8 +4,7 @@ The kernel (:mod:`pallas_kernels.prefill_kernel`), cuDNN, the ``jax.numpy`` refe
 Shapes as in :mod:`pallas_kernels.attention`: ``B`` sequences, ``T`` tokens of a chunk, ``G`` key/value heads, ``R``
 query heads per key/value head, ``D`` entries a head, ``W`` blocks in a table row.
 
-The kernel compiles for sm_90a without spills and is right in interpret mode; neither it nor cuDNN has been run from
-here on a GPU yet, so the reference is what runs unless another is asked for by name.
+:func:`pallas_kernels.attention.paged_attention` is what models call, and comes here where the kernel is chosen.
 """
 
 from __future__ import annotations
@@ -16,14 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import BLOCK_SIZE, Bias, paged_attention
-from pallas_kernels.choices import Choice
-from pallas_kernels.prefill_kernel import PrefillConfig, tiled_attention
+from pallas_kernels.choices import HALVES, attention_choice, device, prefill_choice, prefill_problem
+from pallas_kernels.prefill_kernel import TILE, PrefillConfig, tiled_attention
 
 PrefillImplementation = Literal["mosaic", "cudnn", "reference"]
 
-MEASURED: frozenset[PrefillImplementation] = frozenset({"reference"})
-"""Implementations that have been right and timed on a GPU; no other is chosen unasked."""
-HEAD_DIMS = (64, 80, 96, 128, 256)
 SMEM_BYTES = 227 * 1024
 """Shared memory that a Hopper SM gives to programs."""
 SMS = 132
@@ -36,75 +32,44 @@ RUNS = {
 }
 
 
-def prefill_config(*, head_dim: int, shaped: bool = False, sms: int = SMS) -> PrefillConfig:
-    """Choose steps, stages and programs.
+def prefill_config(
+    *, heads: int, tokens: int, width: int, head_dim: int, shaped: bool = False, sms: int = SMS
+) -> PrefillConfig:
+    """Choose steps, stages, turns and programs.
 
-    Steps of 128 keys, or 64 where a cap, a bias or an output of 256 columns takes the registers; as many stages, up to
-    4, as shared memory holds beside queries and results. One program for each SM, or at 256, where queries and results
-    share their memory, one for each tile. Derived, not measured.
+    Measured on an H200 with ``benchmarks/prefill_attention.py``, bfloat16, one run:
+
+    - Steps of 128 keys, 550 TFLOP/s against 425 with 64 (8 x 2040 tokens, 32 heads of 128). But 64 where there is no
+      more than a tile for each SM and it has few keys: 50 us against 60 (1 x 512 tokens).
+    - One program for each SM, 550 TFLOP/s against 432 with one for each tile, 631 against 622 (1 x 8192). But one for
+      each tile where chunks may start late, 515 against 409 (512 tokens at 1536): lists that are made before the starts
+      are known are not balanced. They are made with more care since; whether they now win there is not measured.
+    - Turns, 550 TFLOP/s against 481; but none for heads of 256, 538 against 528.
+
+    Not measured: 64 keys where a cap, a bias or an output of 256 columns takes the registers; as many stages, up to 4,
+    as shared memory holds beside queries and results (2 and 4 were the same for heads of 64).
 
     Args:
+        heads: sequences times query heads.
+        tokens: query tokens of a chunk.
+        width: blocks of a table row.
         head_dim: entries of a head.
         shaped: whether scores get a softcap or a bias.
         sms: SMs of the device.
     """
-    staged = head_dim <= 128
-    keys = 128 if staged and not shaped else 64
+    staged, room = head_dim <= 128, width * BLOCK_SIZE
+    short = heads * -(-tokens // TILE) <= sms and room <= 512
+    keys = 128 if staged and not shaped and not short else 64
     stages = max(
         stages
         for stages in (1, 2, 3, 4)
         if stages == 1
         or PrefillConfig(keys=keys, stages=stages, staged=staged).shared_bytes(head_dim) + 2048 <= SMEM_BYTES
     )
-    return PrefillConfig(keys=keys, stages=stages, staged=staged, programs=sms if staged else None)
-
-
-def prefill_choice(
-    platform: str,
-    *,
-    dtype: Any,
-    head_dim: int,
-    hopper: bool,
-    whole: bool,
-    softcap: float | None = None,
-    bias: bool = False,
-    sinks: bool = False,
-    measured: frozenset[PrefillImplementation] = MEASURED,
-) -> Choice[PrefillImplementation]:
-    """Choose how the attention of a chunk is computed.
-
-    Args:
-        platform: ``jax.default_backend()``.
-        dtype: of queries, keys and values.
-        head_dim: entries of a head.
-        hopper: whether the device is of compute capability 9.0.
-        whole: whether every chunk is a whole prompt whose own keys and values are at hand.
-        softcap: the cap of scores or None.
-        bias: whether there is ALiBi.
-        sinks: whether there are sinks.
-        measured: what may be chosen.
-    """
-    op = "prefill attention"
-    refused = {
-        "cudnn": _cudnn_problem(dtype, head_dim, whole, softcap, bias, sinks),
-        "mosaic": _mosaic_problem((dtype,), head_dim) or (None if hopper else "a GPU that is not Hopper"),
-    }
-    reference: Choice[PrefillImplementation] = Choice(
-        op=op, implementation="reference", compiler="XLA", reason=f"this is {platform}, and kernels run on a GPU only"
-    )
-    if platform != "gpu":
-        return reference
-    if "cudnn" in measured and refused["cudnn"] is None:
-        reason = "the prompt's own keys and values need no gather, and cuDNN knows the causal mask and the window"
-        return Choice(op=op, implementation="cudnn", compiler="cuDNN", reason=reason)
-    if "mosaic" in measured and refused["mosaic"] is None:
-        reason = f"cuDNN does not run {refused['cudnn']}" if refused["cudnn"] else "cuDNN has not been measured here"
-        return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
-    reasons = [
-        f"{name} does not run {problem}" if problem else f"{name} has not been measured on a GPU"
-        for name, problem in refused.items()
-    ]
-    return Choice(op=op, implementation="reference", compiler="XLA", reason=", and ".join(reasons))
+    if short:
+        stages = 2
+    programs = sms if staged and room < 2 * tokens else None
+    return PrefillConfig(keys=keys, stages=stages, staged=staged, turns=staged, programs=programs)
 
 
 def prefill_attention(
@@ -139,7 +104,8 @@ def prefill_attention(
         sinks: [G, R] logits that take part in the softmax and have no value (as in GPT-OSS).
         own: keys and values [B, T, G, D] of the chunks, as they were written into the blocks. Giving them says that
             every chunk starts at position 0, so that nothing else is seen: ``cudnn`` reads them in place of the blocks.
-        implementation: ``mosaic``, ``cudnn`` or ``reference``; None asks :func:`prefill_choice`.
+        implementation: ``mosaic``, ``cudnn`` or ``reference``; None is the first or the last of these, as
+            :func:`pallas_kernels.choices.prefill_choice` says.
         config: how ``mosaic`` divides its work; None asks :func:`prefill_config`.
 
     Returns:
@@ -151,24 +117,28 @@ def prefill_attention(
     starts, lengths = _check(query, key_blocks, value_blocks, tables, positions, window, bias, sinks, own)
     tokens, dim = query.shape[1], query.shape[4]
     if implementation is None:
-        implementation = prefill_choice(
-            jax.default_backend(), dtype=query.dtype, head_dim=dim, hopper=_hopper(), whole=own is not None,
-            softcap=softcap, bias=bias is not None, sinks=sinks is not None,
-        ).implementation  # fmt: skip
+        chosen = prefill_choice(device(), head_dim=dim, dtype=query.dtype, kv_dtype=key_blocks.dtype)
+        implementation = "mosaic" if chosen.implementation == "mosaic" else "reference"
     if implementation == "reference":
         if isinstance(positions, tuple):
             places = jnp.arange(tokens, dtype=jnp.int32)
             positions = jnp.where(places < lengths[:, None], starts[:, None] + places, -1)
+        # Named, since left to choose it would come back to a kernel where that runs.
+        plain = attention_choice(
+            device(), query_tokens=tokens, heads_per_key=query.shape[3], head_dim=dim, dtype=query.dtype, paged=False
+        ).implementation
         return paged_attention(
             query, key_blocks, value_blocks, tables, positions,
-            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks, implementation=plain,
         )  # fmt: skip
     if implementation == "cudnn":
         problem = _cudnn_problem(query.dtype, dim, own is not None, softcap, bias is not None, sinks is not None)
         if problem is None and own is not None:
             return _cudnn(query, *own, lengths, scale=scale, window=window)
     elif implementation == "mosaic":
-        problem = _mosaic_problem((query.dtype, key_blocks.dtype, value_blocks.dtype), dim)
+        problem = prefill_problem(query.dtype, key_blocks.dtype, head_dim=dim)
+        if key_blocks.dtype != value_blocks.dtype:
+            problem = f"keys of {key_blocks.dtype} with values of {value_blocks.dtype}"
     else:
         raise ValueError(f"implementation must be 'mosaic', 'cudnn', 'reference' or None, got {implementation!r}")
     if problem is not None:
@@ -176,17 +146,15 @@ def prefill_attention(
             f"prefill_attention: implementation {implementation!r} does not run {problem}; {RUNS[implementation]}"
         )
     if config is None:
-        config = prefill_config(head_dim=dim, shaped=softcap is not None or bias is not None)
+        config = prefill_config(
+            heads=query.shape[0] * query.shape[2] * query.shape[3], tokens=tokens, width=tables.shape[1], head_dim=dim,
+            shaped=softcap is not None or bias is not None,
+        )  # fmt: skip
     _check_config(config, dim)
     return tiled_attention(
         query, key_blocks, value_blocks, tables, starts, lengths, config,
         scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
     )  # fmt: skip
-
-
-def _hopper() -> bool:
-    """Whether the first device is of compute capability 9.0."""
-    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
 
 
 def _check(
@@ -233,22 +201,12 @@ def _check(
     return jnp.maximum(positions[:, 0], 0), jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
 
 
-def _mosaic_problem(dtypes: tuple[Any, ...], dim: int) -> str | None:
-    """What the kernel cannot run of this, or None."""
-    names = sorted({jnp.dtype(dtype).name for dtype in dtypes})
-    if len(names) > 1:
-        return "mixed dtypes " + ", ".join(names)
-    if names[0] not in ("bfloat16", "float16"):
-        return f"dtype {names[0]}"
-    return None if dim in HEAD_DIMS else f"head_dim {dim}"
-
-
 def _cudnn_problem(
     dtype: Any, dim: int, whole: bool, softcap: float | None, bias: bool, sinks: bool
 ) -> str | None:  # fmt: skip
     """What cuDNN cannot run of this, or None."""
     problems = (
-        (jnp.dtype(dtype).name not in ("bfloat16", "float16"), f"dtype {jnp.dtype(dtype).name}"),
+        (jnp.dtype(dtype).name not in HALVES, f"dtype {jnp.dtype(dtype).name}"),
         (dim % 8 != 0 or dim > 256, f"head_dim {dim}"),
         # JAX's interface aligns the causal mask to the first key, and reads no blocks.
         (not whole, "chunks without their own keys and values"),

@@ -32,6 +32,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any], dict[str, 
         2, 512, 8, 2, 256, 128, {"keys": 64, "staged": False, "programs": None},
         {"softcap": 50.0, "window": 4096}, jnp.bfloat16,
     ),
+    "chunks of 330 tokens": (12, 330, 2, 4, 128, 9, {"programs": 7}, {}, jnp.bfloat16),
+    "chunks of 5 tokens": (2, 5, 8, 1, 64, 9, {}, {"window": 100}, jnp.float16),
     "everything, steps of 64": (
         2, 512, 8, 4, 128, 64, {"keys": 64},
         {"window": 1024, "softcap": 50.0, "sinks": True, "slopes": True}, jnp.bfloat16,

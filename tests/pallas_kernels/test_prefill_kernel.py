@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import BLOCK_SIZE
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.prefill_kernel import PrefillConfig, schedule
+from pallas_kernels.prefill_kernel import PrefillConfig, schedule, tile_steps
 from tests import aot
 from tests.decode_oracle import arguments, noise
 from tests.pallas_kernels import prefill_kernel_cases
@@ -49,14 +49,40 @@ def test_the_kernel_compiles_for_hopper_without_spills(name: str, compiled: dict
 
 
 @pytest.mark.parametrize(
-    ("pairs", "tiles", "span", "programs"), [(6, 4, 2, 5), (1, 1, 1, 132), (256, 16, 16, 132), (7, 3, 4, None)]
+    ("pairs", "tokens", "width", "window", "span", "programs"),
+    [
+        (6, 500, 8, None, 2, 5),
+        (1, 1, 1, None, 1, 132),
+        (256, 2040, 32, None, 16, 132),
+        (256, 512, 32, None, 16, 132),
+        (256, 2040, 32, 512, 16, 132),
+        (64, 1024, 12, None, 16, 132),
+        (7, 300, 20, None, 4, None),
+    ],
 )
-def test_the_lists_have_every_tile_once_and_are_balanced(pairs, tiles, span, programs):
-    table = schedule(pairs, tiles, span, programs, 128)
+def test_the_lists_have_every_tile_once_and_are_balanced(pairs, tokens, width, window, span, programs):
+    steps = tile_steps(tokens, width, 128, window)
+    tiles = len(steps)
+    table = schedule(pairs, steps, span, programs, 0.3)
     lists = [row[1 : 1 + row[0]].tolist() for row in table]
     assert sorted(number for numbers in lists for number in numbers) == list(range(pairs * tiles))
-    loads = [sum(number % tiles + 1 for number in numbers) for numbers in lists]
-    assert max(loads) <= sum(loads) / len(loads) + tiles + 1
+    loads = [sum(steps[number % tiles] + 0.3 for number in numbers) for numbers in lists]
+    assert max(loads) <= sum(loads) / len(loads) + max(steps) + 0.3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "window", "expected"),
+    [
+        (512, 8, None, (1, 2, 3, 4)),
+        (512, 32, None, (7, 8, 9, 10)),  # starts at 768 of 1536
+        (500, 8, None, (2, 3, 4, 4)),  # starts at 6
+        (512, 6, None, (1, 2, 3, 0)),  # a table of 384 positions
+        (512, 32, 128, (2, 2, 2, 2)),
+        (512, 32, 1, (1, 1, 1, 1)),
+    ],
+)
+def test_steps_are_those_of_a_chunk_that_starts_halfway(tokens, width, window, expected):
+    assert tile_steps(tokens, width, 128, window) == expected
 
 
 # batch, tokens, groups, heads a key head, head_dim, width, changes of the configuration, options, dtype
@@ -66,6 +92,7 @@ INTERPRETED: list[tuple[int, int, int, int, int, int, dict[str, Any], dict[str, 
     (2, 72, 1, 2, 64, 4, {"keys": 64, "staged": False}, {"softcap": 2.0, "sinks": True}, jnp.float16),
     (1, 130, 1, 2, 80, 4, {"programs": 3}, {"slopes": True, "sinks": True}, jnp.bfloat16),
     (3, 200, 1, 1, 96, 5, {"keys": 64, "stages": 3, "programs": 1}, {"window": 1}, jnp.float16),
+    (2, 5, 1, 2, 64, 3, {"programs": 2}, {}, jnp.float16),
     (1, 100, 2, 1, 256, 3, {"keys": 64, "staged": False},
      {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
 ]  # fmt: skip
