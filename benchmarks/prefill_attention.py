@@ -2,9 +2,10 @@
 
     python benchmarks/prefill_attention.py --out benchmarks/results/prefill_attention_h200.json
 
-One process on one GPU, under two minutes. Rates count the two products over the keys that the mask leaves, as if whole
-(4 D for each query and key). Calls are handed out at once and waited for together; each takes longer than handing it
-out does. What is about to run is printed before it runs: were a kernel to hang, the last line would name it.
+One process on one GPU, under two minutes; ``--checks-only`` stops after the numbers, which take 45 seconds at most, and
+fails where one is wrong or missing. Rates count the two products over the keys that the mask leaves, as if whole (4 D
+for each query and key). Calls are handed out at once and waited for together; each takes longer than handing it out
+does. What is about to run is printed before it runs: were a kernel to hang, the last line would name it.
 
 Without a GPU: ``--compile`` compiles every kernel ahead of time for an H200 (see tests/aot.py), and ``--rehearse`` runs
 everything small, the kernel in interpret mode.
@@ -18,7 +19,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Case:
 
     Attributes:
         start: position of each chunk's first token.
+        room: positions that the table has at least.
         softcap, window, alibi: options of attention.
         variants: changes of the chosen configuration; the first is none.
         xla: whether the reference runs too.
@@ -55,6 +57,7 @@ class Case:
     heads: int
     dim: int
     start: int = 0
+    room: int = 0
     softcap: float | None = None
     window: int | None = None
     alibi: bool = False
@@ -64,7 +67,7 @@ class Case:
     @property
     def width(self) -> int:
         """Blocks of a table row."""
-        return -(-(self.start + self.tokens) // 64)
+        return -(-max(self.start + self.tokens, self.room) // 64)
 
     def flops(self) -> float:
         """Operations of the two products over the keys that are seen."""
@@ -80,7 +83,10 @@ class Case:
 
     def config(self, changes: dict[str, Any]) -> PrefillConfig:
         """The chosen configuration, changed."""
-        chosen = prefill_config(head_dim=self.dim, shaped=self.alibi or self.softcap is not None)
+        chosen = prefill_config(
+            heads=self.batch * self.groups * self.heads, tokens=self.tokens, width=self.width, head_dim=self.dim,
+            shaped=self.alibi or self.softcap is not None,
+        )  # fmt: skip
         return replace(chosen, **changes)
 
 
@@ -93,14 +99,17 @@ CASES = (
     Case(name="7B", batch=8, tokens=2040, groups=32, heads=1, dim=128, variants=SWEEP, xla=True),
     Case(name="grouped", batch=8, tokens=2040, groups=8, heads=4, dim=128, variants=({}, {"programs": None})),
     Case(name="chunk", batch=8, tokens=512, start=1536, groups=32, heads=1, dim=128,
-         variants=({}, {"programs": None}, {"keys": 64, "stages": 4}), xla=True),
-    Case(name="one prompt", batch=1, tokens=512, groups=32, heads=1, dim=128, variants=({}, {"keys": 64}), xla=True),
+         variants=({}, {"programs": 132}, {"staged": False}), xla=True),
+    Case(name="first chunk", batch=8, tokens=512, room=2048, groups=32, heads=1, dim=128,
+         variants=({}, {"programs": 132}, {"staged": False})),
+    Case(name="one prompt", batch=1, tokens=512, groups=32, heads=1, dim=128,
+         variants=({}, {"stages": 4}, {"keys": 128}), xla=True),
     Case(name="long", batch=1, tokens=8192, groups=32, heads=1, dim=128, variants=({}, {"programs": None})),
     Case(name="head 64", batch=8, tokens=2048, groups=32, heads=1, dim=64,
          variants=({}, {"stages": 2}, {"keys": 64}, {"programs": None}, {"turns": False})),
-    Case(name="head 256", batch=8, tokens=2048, groups=8, heads=2, dim=256, variants=({}, {"turns": False})),
+    Case(name="head 256", batch=8, tokens=2048, groups=8, heads=2, dim=256, variants=({}, {"turns": True})),
     Case(name="window", batch=8, tokens=2040, groups=8, heads=4, dim=128, window=512,
-         variants=({}, {"keys": 64, "stages": 4})),
+         variants=({}, {"programs": None}, {"keys": 64, "stages": 4})),
     Case(name="capped 256", batch=8, tokens=2048, groups=8, heads=2, dim=256, softcap=50.0, variants=({},)),
     Case(name="ALiBi", batch=8, tokens=2040, groups=32, heads=1, dim=128, alibi=True,
          variants=({}, {"keys": 128, "stages": 2})),
@@ -116,74 +125,136 @@ class Check:
     dim: int
     groups: int = 2
     heads: int = 1
+    batch: int = 12
+    tokens: int = 330
+    width: int = 9
+    dtype: str = "bfloat16"
     options: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
 
 
 CHECKS = (
-    Check(dim=128),
-    Check(dim=128, changes={"turns": False, "programs": None}),
+    Check(dim=128, changes={"programs": 132}),
+    Check(dim=128, dtype="float16", changes={"turns": False}),
     Check(dim=128, heads=4, changes={"programs": 7}),
-    Check(dim=128, changes={"keys": 64, "stages": 4, "programs": 3}),
+    Check(dim=128, dtype="float16", changes={"keys": 64, "stages": 4, "programs": 3}),
     Check(dim=128, options={"window": 100}, changes={"programs": 5}),
-    Check(dim=64, heads=3, options={"sinks": True}, changes={"programs": 11}),
-    Check(dim=64, options={"softcap": 20.0}),
-    Check(dim=80, options={"alibi": (False, False)}),
+    Check(dim=64, dtype="float16", heads=3, tokens=5, options={"sinks": True}),
+    Check(dim=64, options={"softcap": 20.0}, changes={"programs": 11}),
+    Check(dim=80, dtype="float16", tokens=512, width=8, options={"alibi": (False, False)}),
     Check(dim=96, options={"alibi": (True, True), "window": 130}),
-    Check(dim=128, options={"softcap": 30.0, "sinks": True, "alibi": (False, True)}),
+    Check(dim=128, dtype="float16", options={"softcap": 30.0, "sinks": True, "alibi": (False, True)}),
     Check(dim=256, heads=2),
-    Check(dim=256, options={"softcap": 50.0, "window": 200}),
+    Check(dim=256, dtype="float16", options={"softcap": 50.0, "window": 200}),
 )
+CHECKS_BUDGET = 45.0
+"""Seconds after which no further check is begun."""
 
 
-def check(case: Check, dtype: Any, batch: int, tokens: int, width: int, registers: bool) -> dict[str, Any]:
-    """Compare with float32 over chunks of every kind; what lies past a sequence is NaN, for the kernel."""
-    rng = np.random.default_rng(1)
-    room = width * 64
-    lengths = np.asarray([(tokens, 0, 1, 63, 64, 65, tokens - 1, tokens // 2)[i % 8] for i in range(batch)], np.int32)
-    starts = np.asarray([(0, 0, 5, 64, 1, room)[i % 6] for i in range(batch)], np.int32)
-    starts = np.minimum(starts, room - lengths).astype(np.int32)
-    tables = (rng.permutation(batch * width) + 1).reshape(batch, width).astype(np.int32)
-    clean = [rng.standard_normal((batch * width + 1, case.groups, 64, case.dim)).astype(np.float32) for _ in range(2)]
-    dirty = [array.copy() for array in clean]
-    for row, stop in enumerate(starts + lengths):
-        for column in range(width):
-            for array in dirty:
-                array[tables[row, column], :, int(np.clip(stop - column * 64, 0, 64)) :] = np.nan
-    query = rng.standard_normal((batch, tokens, case.groups, case.heads, case.dim)).astype(np.float32)
-    options: dict[str, Any] = dict(case.options)
-    if options.pop("sinks", False):
-        options["sinks"] = jnp.asarray(rng.standard_normal((case.groups, case.heads)), jnp.float32)
-    if alibi := options.pop("alibi", None):
-        slopes = jnp.asarray(np.abs(rng.standard_normal((case.groups, case.heads))) / 50, jnp.float32)
-        options["bias"] = Bias(slopes=slopes, scaled=alibi[0], bfloat16=alibi[1])
-    config = prefill_config(head_dim=case.dim, shaped=bool({"softcap", "bias"} & set(options)))
-    config = replace(config, registers=registers, **case.changes)
-    if not registers:  # weights in shared memory take what stages would
-        config = replace(config, stages=min(config.stages, 2))
+class Checking:
+    """One check: its arguments, what is compiled for it, and what it should give."""
 
-    def run(implementation: Any, dtype: Any, blocks: list[np.ndarray]) -> np.ndarray:
-        given = [jnp.asarray(array, BF16).astype(dtype) for array in (query, *blocks)]
-        call = jax.jit(
-            lambda query, keys, values, tables, starts, lengths: prefill_attention(
-                query, keys, values, tables, (starts, lengths), scale=case.dim**-0.5, implementation=implementation,
-                config=config if implementation == "mosaic" else None, **options,
-            )
+    def __init__(self, case: Check, registers: bool) -> None:
+        self.case, self.dtype = case, jnp.dtype(case.dtype)
+        rng = np.random.default_rng(1)
+        batch, tokens, width = case.batch, case.tokens, case.width
+        room, kinds = width * 64, (tokens, 0, 1, 63, 64, 65, tokens - 1, tokens // 2)
+        self.lengths = np.asarray([min(kinds[i % 8], tokens) for i in range(batch)], np.int32)
+        starts = np.asarray([(0, 0, 5, 64, 1, room)[i % 6] for i in range(batch)], np.int32)
+        self.starts = np.minimum(starts, room - self.lengths).astype(np.int32)
+        self.tables = (rng.permutation(batch * width) + 1).reshape(batch, width).astype(np.int32)
+
+        def draw(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape, np.float32).astype(BF16).astype(self.dtype)
+
+        self.query = draw(batch, tokens, case.groups, case.heads, case.dim)
+        self.blocks = [draw(batch * width + 1, case.groups, 64, case.dim) for _ in range(2)]
+        self.options = dict(case.options)
+        if self.options.pop("sinks", False):
+            self.options["sinks"] = rng.standard_normal((case.groups, case.heads)).astype(np.float32)
+        if alibi := self.options.pop("alibi", None):
+            slopes = np.abs(rng.standard_normal((case.groups, case.heads))).astype(np.float32) / 50
+            self.options["bias"] = Bias(slopes=jnp.asarray(slopes), scaled=alibi[0], bfloat16=alibi[1])
+        config = prefill_config(
+            heads=batch * case.groups * case.heads, tokens=tokens, width=width, head_dim=case.dim,
+            shaped=bool({"softcap", "bias"} & set(self.options)),
         )  # fmt: skip
-        return np.asarray(call(*given, *(jnp.asarray(a) for a in (tables, starts, lengths))), np.float64)
+        config = replace(config, registers=registers, **case.changes)
+        if not registers:  # weights in shared memory take what stages would
+            config = replace(config, stages=min(config.stages, 2))
+        self.config = config
 
-    with jax.default_matmul_precision("highest"):
-        exact = run("reference", jnp.float32, clean)
-    ours, again, xla = run("mosaic", dtype, dirty), run("mosaic", dtype, dirty), run("reference", dtype, clean)
-    real = np.arange(tokens) < lengths[:, None]
-    error = float(np.abs(ours - exact)[real].max())
-    # A result is rounded once, weights once: 8 bits each in bfloat16, 11 in float16.
-    bound = float(np.abs(exact[real]).max()) * (2.0**-7 if dtype == BF16 else 2.0**-10)
-    return {
-        **asdict(case), "dtype": jnp.dtype(dtype).name, "config": asdict(config), "error": error,
-        "xla_error": float(np.abs(xla - exact)[real].max()), "bound": bound, "right": bool(error <= bound),
-        "repeats": bool(np.array_equal(ours, again)), "padding_is_zero": not ours[~real].any(),
-    }  # fmt: skip
+    def given(self) -> list[jax.Array]:
+        """The arguments; what lies past a sequence is NaN."""
+        dirty = [array.copy() for array in self.blocks]
+        for row, stop in enumerate(self.starts + self.lengths):
+            for column, block in enumerate(self.tables[row]):
+                for array in dirty:
+                    array[block, :, int(np.clip(stop - column * 64, 0, 64)) :] = np.nan
+        return [jnp.asarray(array) for array in (self.query, *dirty, self.tables, self.starts, self.lengths)]
+
+    def call(self, query: Any, keys: Any, values: Any, tables: Any, starts: Any, lengths: Any) -> jax.Array:
+        """The kernel."""
+        return prefill_attention(
+            query, keys, values, tables, (starts, lengths), scale=self.case.dim**-0.5, implementation="mosaic",
+            config=self.config, **self.options,
+        )  # fmt: skip
+
+    def exact(self) -> np.ndarray:
+        """In float32 by NumPy, a sequence at a time: [B, T, G, R, D]."""
+        case, options = self.case, self.options
+        softcap, window, bias, sinks = (options.get(name) for name in ("softcap", "window", "bias", "sinks"))
+        scale = np.float32(case.dim**-0.5)
+        places = np.arange(case.width * 64, dtype=np.int32)
+        alibi: Any = 0.0
+        if bias is not None:
+
+            def rounded(x: np.ndarray) -> np.ndarray:
+                return x.astype(BF16).astype(np.float32) if bias.bfloat16 else x
+
+            slopes = rounded(np.asarray(bias.slopes))[:, :, None, None]
+            alibi = rounded(slopes * rounded(places.astype(np.float32)))
+        out = np.zeros(self.query.shape, np.float32)
+        for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            keys, values = (
+                np.moveaxis(blocks[self.tables[row]].astype(np.float32), 1, 0).reshape(case.groups, 1, -1, case.dim)
+                for blocks in self.blocks
+            )
+            query = np.moveaxis(self.query[row, :length].astype(np.float32), 0, 2)  # [G, R, T, D]
+            scores = query @ keys.swapaxes(-1, -2)
+            scores = (scores + alibi) * scale if bias is not None and bias.scaled else scores * scale
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            if bias is not None and not bias.scaled:
+                scores = scores + alibi
+            distance = (start + np.arange(length))[:, None] - places
+            seen = (distance >= 0) & (distance < (window or len(places)))
+            scores = np.where(seen, scores, -np.inf)
+            top = scores.max(-1, keepdims=True)
+            if sinks is not None:
+                top = np.maximum(top, sinks[:, :, None, None])
+            weights = np.exp(scores - top)
+            total = weights.sum(-1, keepdims=True)
+            if sinks is not None:
+                total = total + np.exp(sinks[:, :, None, None] - top)
+            out[row, :length] = np.moveaxis(weights / total @ values, 2, 0)
+        return out
+
+    def run(self, compiled: Any) -> dict[str, Any]:
+        """Run what was compiled, twice, and compare."""
+        given = self.given()
+        ours, again = (np.asarray(compiled(*given), np.float64) for _ in range(2))
+        exact = self.exact()
+        real = np.arange(self.case.tokens) < self.lengths[:, None]
+        error = float(np.abs(ours - exact)[real].max())
+        # A result is rounded once, weights once: 8 bits each in bfloat16, 11 in float16.
+        bound = float(np.abs(exact[real]).max()) * (2.0**-7 if self.dtype == BF16 else 2.0**-10)
+        found = {
+            "error": error, "bound": bound, "repeats": bool(np.array_equal(ours, again)),
+            "padding_is_zero": not ours[~real].any(),
+        }  # fmt: skip
+        found["right"] = bool(error <= bound and found["repeats"] and found["padding_is_zero"])
+        return found
 
 
 class Bench:
@@ -193,9 +264,9 @@ class Bench:
         self.out, self.budget, self.rehearse, self.started = out, budget, rehearse, time.monotonic()
         self.found: dict[str, Any] = {"machine": machine.describe(), "checks": [], "times": []}
 
-    def late(self, share: float = 1.0) -> bool:
-        """Whether this share of the budget is spent."""
-        return time.monotonic() - self.started > share * self.budget
+    def late(self) -> bool:
+        """Whether the budget is spent."""
+        return time.monotonic() - self.started > self.budget
 
     def say(self, text: str) -> None:
         """Print with the seconds so far."""
@@ -208,31 +279,30 @@ class Bench:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps(self.found, indent=1) + "\n")
 
-    def checks(self) -> None:
-        """Numbers, for at most two fifths of the time: the first alone, the others compiled several at a time."""
-        self.check(0)
-        with concurrent.futures.ThreadPoolExecutor(1 if self.rehearse else 6) as pool:
-            list(pool.map(self.check, range(1, len(CHECKS))))
-
-    def check(self, number: int) -> None:
-        """One of the checks, in one of the dtypes."""
-        case, dtype = CHECKS[number], (BF16, jnp.float16)[number % 2]
-        batch, tokens, width = (2, 136, 4) if self.rehearse else (12, 330, 9)
-        if self.late(0.4):
-            self.say(f"check {number}: out of time")
-            return
-        self.say(f"check {number}: {case} {jnp.dtype(dtype).name}")
-        interpreted = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
-        try:
-            with interpreted if self.rehearse else contextlib.nullcontext():
-                found = check(case, dtype, batch, tokens, width, registers=not self.rehearse)
-            told = {n: found[n] for n in ("right", "error", "xla_error", "bound", "repeats", "padding_is_zero")}
-        except Exception as error:  # a failure is a finding: go on
-            found = {**asdict(case), "failed": f"{type(error).__name__}: {str(error)[:300]}"}
-            told = {"failed": found["failed"]}
-        self.found["checks"].append(found)
-        self.say(f"check {number}: {told}")
-        self.keep()
+    def checks(self) -> bool:
+        """Numbers: all are compiled at once, and run one after the other; whether all are right."""
+        with concurrent.futures.ThreadPoolExecutor(1 if self.rehearse else len(CHECKS)) as pool:
+            jobs = []
+            for case in CHECKS:
+                if self.rehearse:
+                    case = replace(case, batch=2, tokens=min(case.tokens, 131), width=4)
+                checking = Checking(case, registers=not self.rehearse)
+                jobs.append((checking, pool.submit(compile_one, checking.call, checking.given(), self.rehearse)))
+            for number, (checking, job) in enumerate(jobs):
+                left = CHECKS_BUDGET - (time.monotonic() - self.started)
+                found = {**asdict(checking.case), "config": asdict(checking.config)}
+                try:
+                    compiled = job.result(timeout=None if self.rehearse else max(left, 0.1))
+                    self.say(f"check {number}: {checking.case} ...")
+                    told = checking.run(compiled)
+                except Exception as error:  # a failure is a finding: go on
+                    told = {"failed": f"{type(error).__name__}: {str(error)[:300]}", "right": False}
+                self.found["checks"].append(found | told)
+                self.say(f"check {number}: {told}")
+                self.keep()
+        right = sum(check["right"] for check in self.found["checks"])
+        self.say(f"checks: {right} of {len(CHECKS)} are right")
+        return right == len(CHECKS)
 
     def time(self, function: Any, *arguments: Any) -> float:
         """Seconds of a call: the median of rounds of calls that are handed out at once."""
@@ -271,25 +341,30 @@ class Bench:
             self.say(f"{case.name:10} {name:60} {told}")
             self.keep()
 
-    def run(self) -> None:
-        """Everything, the most wanted first."""
+    def run(self, checks_only: bool = False) -> bool:
+        """Everything, the most wanted first; whether all numbers are right."""
         self.say(f"{self.found['machine']}")
-        self.checks()
+        right = self.checks()
+        if checks_only:
+            return right
         with concurrent.futures.ThreadPoolExecutor(1 if self.rehearse else 8) as pool:
             for case in CASES[:4] if self.rehearse else CASES:
                 if self.late():
                     self.say(f"{case.name}: out of time")
                     continue
                 if self.rehearse:
-                    case = replace(case, batch=1, tokens=136, start=min(case.start, 64), groups=1, dim=64, window=None)
+                    case = replace(
+                        case, batch=1, tokens=136, start=min(case.start, 64), room=0, groups=1, dim=64, window=None
+                    )
                 try:
                     self.case(case, pool)
                 except Exception as error:  # a failure is a finding: go on
                     self.say(f"{case.name}: {type(error).__name__}: {str(error)[:300]}")
         self.keep()
+        return right
 
 
-def compile_one(function: Callable[..., Any], given: tuple[Any, ...], rehearse: bool) -> Any:
+def compile_one(function: Callable[..., Any], given: Sequence[Any], rehearse: bool) -> Any:
     """Compile; interpret mode belongs to a thread."""
     interpreted = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
     with interpreted if rehearse else contextlib.nullcontext():
@@ -355,19 +430,28 @@ def runners(case: Case, rehearse: bool) -> list[tuple[str, Any, Callable[..., An
 
 
 def compile_all() -> None:
-    """Compile every kernel that would be timed for an H200 that is not there."""
+    """Compile every kernel that would be checked or timed for an H200 that is not there."""
     from tests.aot import compiler
 
     compile_for_h200 = compiler()
+
+    def attempt(name: str, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
+        started = time.monotonic()
+        try:
+            compile_for_h200(function, given)
+            told = "compiled"
+        except Exception as error:  # a failure is a finding: go on
+            told = f"{type(error).__name__}: {str(error)[:300]}"
+        print(f"{time.monotonic() - started:6.1f} s  {name}: {told}", flush=True)
+
+    for number, check in enumerate(CHECKS):
+        checking = Checking(check, registers=True)
+        attempt(f"check {number}", checking.call, tuple(checking.given()))
     for case in CASES:
         given = jax.eval_shape(lambda case=case: make(case))["blocks"]
         for name, _, function in runners(case, False):
             if name.startswith("mosaic"):
-                try:
-                    compile_for_h200(function, given)
-                    print(case.name, name, "compiled", flush=True)
-                except Exception as error:
-                    print(case.name, name, f"{type(error).__name__}: {str(error)[:300]}", flush=True)
+                attempt(f"{case.name} {name}", function, given)
 
 
 def main() -> None:
@@ -375,13 +459,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON to write")
     parser.add_argument("--budget", type=float, default=100.0, help="seconds after which no further case is timed")
+    parser.add_argument("--checks-only", action="store_true", help="the numbers, and no times")
     parser.add_argument("--rehearse", action="store_true", help="small, the kernel in interpret mode")
     parser.add_argument("--compile", action="store_true", help="compile all kernels for an H200, and stop")
     asked = parser.parse_args()
     if asked.compile:
         compile_all()
         return
-    Bench(asked.out, asked.budget, asked.rehearse).run()
+    if not Bench(asked.out, asked.budget, asked.rehearse).run(asked.checks_only):
+        raise SystemExit("not all numbers are right")
 
 
 if __name__ == "__main__":

@@ -309,7 +309,9 @@ def paged_attention(
             from pallas_kernels.prefill_attention import prefill_attention
 
             if key_scales is not None or value_scales is not None:
-                raise ValueError(f"implementation 'mosaic' of prefill does not run keys and values of {key_blocks.dtype}")
+                raise ValueError(
+                    f"implementation 'mosaic' of prefill does not run keys and values of {key_blocks.dtype}"
+                )
             return prefill_attention(
                 query, key_blocks, value_blocks, tables, query_positions,
                 scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks, implementation="mosaic",

@@ -7,8 +7,8 @@ registers as the left operand of the second product. A program stays on its SM a
 that the copies of the next tile begin while the last one is still being computed.
 
 The lists are made when the kernel is traced, as if every chunk started halfway to where its table leaves it room: tiles
-are handed out in order, each to the program that would be free first. Within a span of heads, whose keys and values fit the L2 cache
-together, the tiles with the most keys come first.
+are handed out in order, each to the program that would be free first. Within a span of heads, whose keys and values fit
+the L2 cache together, the tiles with the most keys come first.
 """
 
 from __future__ import annotations

@@ -25,6 +25,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "llama, float16, long": ({"norm": "rms", "gated_mlp": True, "context": 8192}, {"dtype": "float16"}, 8192),
     "llama, float32": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
     "llama, prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),
+    "gemma, prefill": (
+        {"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {}, 512,
+    ),
+    "falcon, prefill": ({"residual": "parallel", "kv_heads": 1, "activation": "gelu", "alibi": True}, {}, 512),
+    "float32, prefill": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
+    "int8 cache, prefill": ({"norm": "rms", "gated_mlp": True}, {"kv_dtype": "int8"}, 512),
     "gpt2": (
         {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh", "kv_heads": 8}, {}, 512,
     ),

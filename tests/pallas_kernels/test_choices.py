@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import json
 
 import jax
@@ -17,6 +19,7 @@ from pallas_kernels.choices import (
     DECODE_NARROW_HEADS,
     MAX_LINEAR_ROWS,
     MAX_REDUCE_HEADS,
+    PREFILL_HEADS,
     Device,
     Shapes,
     attention_choice,
@@ -49,7 +52,14 @@ MANY = MAX_REDUCE_HEADS + 1
         (HOPPER, 2, 1, 128, "bfloat16", "int8", True, "dot"),
         (AMPERE, 1, 1, 128, "bfloat16", "int8", True, "reduce"),
         (HOPPER, 1, 1, 128, "bfloat16", None, False, "reduce"),
-        (HOPPER, 2, 1, 128, "bfloat16", None, True, "dot"),
+        (HOPPER, 2, 1, 128, "bfloat16", None, True, "mosaic"),
+        (HOPPER, 512, 71, 256, "float16", "float16", True, "mosaic"),
+        (HOPPER, 512, 1, 72, "bfloat16", None, True, "dot"),
+        (HOPPER, 512, 1, 128, "float32", None, True, "dot"),
+        (HOPPER, 512, 1, 128, "bfloat16", "float16", True, "dot"),
+        (HOPPER, 512, 1, 128, "bfloat16", None, False, "dot"),
+        (AMPERE, 512, 1, 128, "bfloat16", None, True, "dot"),
+        (BLACKWELL, 512, 1, 128, "bfloat16", None, True, "dot"),
         (AMPERE, 1, MAX_REDUCE_HEADS, 128, "bfloat16", None, True, "reduce"),
         (AMPERE, 1, MANY, 128, "bfloat16", None, True, "dot"),
         (BLACKWELL, 1, 1, 128, "bfloat16", None, True, "reduce"),
@@ -140,18 +150,46 @@ def test_attention_runs_what_the_table_says(on, tokens, heads):
     model = Shapes(dtype="bfloat16", heads_per_key=heads, head_dim=64)
     said = {choice.op: choice.implementation for choice in choices(on, model)}[op]
     chosen = program(None)
-    assert ("decode_attention_kernel" in chosen) == (said == "mosaic")
+    assert (op.replace(" ", "_") + "_kernel" in chosen) == (said == "mosaic")
     if said != "mosaic":
         assert chosen == program(said)
         assert program("dot") != program("reduce")
 
 
-def test_the_kernel_is_asked_for_one_token_only():
-    arrays = [jnp.zeros((1, 2, 1, 1, 64)), jnp.zeros((2, 1, 64, 64)), jnp.zeros((2, 1, 64, 64))]
-    with pytest.raises(ValueError, match="'mosaic' runs one query token a sequence, got 2"):
-        pallas_kernels.paged_attention(
-            *arrays, jnp.zeros((1, 1), jnp.int32), jnp.arange(2)[None], scale=1.0, implementation="mosaic"
-        )
+@pytest.mark.parametrize("kv", [None, jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 256, 512])
+def test_the_kernel_of_prefill_attention_is_chosen_only_where_it_accepts_the_operands(dtype, kv, dim):
+    chosen = attention_choice(HOPPER, query_tokens=5, heads_per_key=3, head_dim=dim, dtype=dtype, kv_dtype=kv)
+    blocks = (9, 2, 64, dim)
+    shapes = [((2, 5, 2, 3, dim), dtype), *[(blocks, kv or dtype)] * 2, ((2, 3), jnp.int32), ((2, 5), jnp.int32)]
+    operands = [jax.ShapeDtypeStruct(*given) for given in shapes]
+    factors = {} if kv is None else {f"{name}_scales": jnp.ones(blocks[:3]) for name in ("key", "value")}
+    runs = dtype != jnp.float32 and kv is None and dim in PREFILL_HEADS
+    assert (chosen.implementation == "mosaic") == runs
+    run = functools.partial(pallas_kernels.paged_attention, scale=1.0, implementation="mosaic", **factors)
+    with contextlib.nullcontext() if runs else pytest.raises(ValueError, match="does not run"):
+        jax.eval_shape(run, *operands)
+
+
+def test_the_kernel_of_prefill_attention_can_be_switched_off(monkeypatch):
+    asked = {"query_tokens": 5, "heads_per_key": 1, "head_dim": 128, "dtype": "bfloat16"}
+    module = importlib.import_module("pallas_kernels.choices")  # by its name: the package has a function of that name
+    monkeypatch.setattr(module, "PREFILL_KERNEL", True)
+    assert attention_choice(HOPPER, **asked).implementation == "mosaic"
+    monkeypatch.setattr(module, "PREFILL_KERNEL", False)
+    chosen = attention_choice(HOPPER, **asked)
+    assert chosen.implementation == "dot"
+    assert "the kernel is switched off" in chosen.reason
+
+
+def test_the_table_says_why_a_quantized_cache_has_no_kernel_in_prefill():
+    model = Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, kv_dtype="int8")
+    said = {choice.op: choice for choice in choices(HOPPER, model)}
+    assert said["decode attention"].implementation == "mosaic"
+    prefill = said["prefill attention"]
+    assert prefill.implementation == "dot"
+    assert "the kernel does not run queries of bfloat16 with keys and values of int8" in prefill.reason
 
 
 def test_the_target_is_the_default_device_unless_another_is_named():

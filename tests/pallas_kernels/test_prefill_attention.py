@@ -9,14 +9,8 @@ import pytest
 
 from pallas_kernels import BLOCK_SIZE
 from pallas_kernels import prefill_attention as module
-from pallas_kernels.prefill_attention import (
-    HEAD_DIMS,
-    MEASURED,
-    SMEM_BYTES,
-    prefill_attention,
-    prefill_choice,
-    prefill_config,
-)
+from pallas_kernels.choices import PREFILL_HEADS, Device, compiling_for
+from pallas_kernels.prefill_attention import SMEM_BYTES, prefill_attention, prefill_config
 from pallas_kernels.prefill_kernel import PrefillConfig
 from tests.decode_oracle import arguments, noise
 from tests.prefill_oracle import filled, naive_chunk
@@ -145,7 +139,7 @@ def test_other_bad_arguments_are_refused():
         prefill_attention(*shapes(), scale=1.0, window=0)
     with pytest.raises(ValueError, match=r"sinks must be \[2, 4\]"):
         prefill_attention(*shapes(), scale=1.0, sinks=jnp.zeros((8,)))
-    with pytest.raises(ValueError, match="does not run mixed dtypes bfloat16, float16"):
+    with pytest.raises(ValueError, match="does not run queries of float16 with keys and values of bfloat16"):
         prefill_attention(*shapes(query=((2, 5, 2, 4, 64), jnp.float16)), scale=1.0, implementation="mosaic")
 
 
@@ -164,10 +158,11 @@ def test_a_configuration_that_cannot_be_is_refused(config, message):
         prefill_attention(*shapes(), scale=1.0, implementation="mosaic", config=config)
 
 
-@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("dim", PREFILL_HEADS)
 @pytest.mark.parametrize("shaped", [False, True])
-def test_a_chosen_configuration_fits_the_machine(dim, shaped):
-    chosen = prefill_config(head_dim=dim, shaped=shaped)
+@pytest.mark.parametrize(("heads", "tokens", "width"), [(256, 2040, 32), (256, 512, 32), (32, 512, 8), (1, 5, 1)])
+def test_a_chosen_configuration_fits_the_machine(dim, shaped, heads, tokens, width):
+    chosen = prefill_config(heads=heads, tokens=tokens, width=width, head_dim=dim, shaped=shaped)
     assert chosen.keys % BLOCK_SIZE == 0
     assert 2 <= chosen.stages <= 4
     assert chosen.shared_bytes(dim) <= SMEM_BYTES - 2048
@@ -175,36 +170,42 @@ def test_a_chosen_configuration_fits_the_machine(dim, shaped):
     module._check_config(chosen, dim)
 
 
-EVERY = frozenset({"mosaic", "cudnn", "reference"})
+@pytest.mark.parametrize(
+    ("heads", "tokens", "width", "dim", "expected"),
+    [
+        (256, 2040, 32, 128, {"keys": 128, "stages": 2, "programs": 132, "turns": True}),
+        (32, 8192, 128, 128, {"keys": 128, "stages": 2, "programs": 132, "turns": True}),
+        (256, 512, 32, 128, {"keys": 128, "stages": 2, "programs": None, "turns": True}),
+        (32, 512, 8, 128, {"keys": 64, "stages": 2, "programs": 132, "turns": True}),
+        (32, 512, 128, 128, {"keys": 128, "stages": 2, "programs": None, "turns": True}),
+        (256, 2048, 32, 64, {"keys": 128, "stages": 4, "programs": 132, "turns": True}),
+        (128, 2048, 32, 256, {"keys": 64, "stages": 2, "programs": None, "turns": False, "staged": False}),
+    ],
+)
+def test_a_configuration_is_the_best_that_was_measured(heads, tokens, width, dim, expected):
+    chosen = prefill_config(heads=heads, tokens=tokens, width=width, head_dim=dim)
+    assert chosen == PrefillConfig(**expected)
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("on", "dtype", "dim", "expected"),
     [
-        ({}, "mosaic"),
-        ({"whole": True}, "cudnn"),
-        ({"whole": True, "softcap": 50.0}, "mosaic"),
-        ({"whole": True, "bias": True}, "mosaic"),
-        ({"whole": True, "sinks": True}, "mosaic"),
-        ({"whole": True, "head_dim": 72}, "cudnn"),
-        ({"head_dim": 72}, "reference"),
-        ({"hopper": False}, "reference"),
-        ({"hopper": False, "whole": True}, "cudnn"),
-        ({"dtype": jnp.float32, "whole": True}, "reference"),
-        ({"platform": "cpu", "whole": True}, "reference"),
-        ({"whole": True, "measured": frozenset({"mosaic", "reference"})}, "mosaic"),
-        ({"measured": frozenset({"cudnn", "reference"})}, "reference"),
+        (Device("gpu", "9.0"), jnp.bfloat16, 64, True),
+        (Device("gpu", "9.0"), jnp.bfloat16, 72, False),
+        (Device("gpu", "9.0"), jnp.float32, 64, False),
+        (Device("gpu", "8.0"), jnp.bfloat16, 64, False),
+        (Device("cpu"), jnp.bfloat16, 64, False),
     ],
 )
-def test_what_is_chosen_follows_from_what_each_runs(changes, expected):
-    given = {"platform": "gpu", "dtype": jnp.bfloat16, "head_dim": 128, "hopper": True, "whole": False} | changes
-    choice = prefill_choice(given.pop("platform"), **({"measured": EVERY} | given))
-    assert choice.implementation == expected
-    assert choice.op == "prefill attention"
-    assert choice.reason
-
-
-def test_nothing_that_has_not_been_measured_is_chosen():
-    for whole in (True, False):
-        choice = prefill_choice("gpu", dtype=jnp.bfloat16, head_dim=128, hopper=True, whole=whole)
-        assert choice.implementation in MEASURED
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_is_chosen_is_what_runs(on, dtype, dim, expected, tokens):
+    blocks = ((9, 2, 64, dim), dtype)
+    given = shapes(
+        query=((2, tokens, 2, 4, dim), dtype), keys=blocks, values=blocks, positions=((2, tokens), jnp.int32)
+    )
+    with compiling_for(on):
+        program = str(jax.make_jaxpr(lambda *a: prefill_attention(*a, scale=1.0))(*given))
+        named = str(jax.make_jaxpr(lambda *a: prefill_attention(*a, scale=1.0, implementation="reference"))(*given))
+    assert ("prefill_attention_kernel" in program) == expected
+    assert "attention_kernel" not in named
+    assert (program == named) == (not expected)
