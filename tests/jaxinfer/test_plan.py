@@ -16,6 +16,7 @@ from jaxinfer.plan import USABLE, make_plan, size
 from sharding import MeshError, ShardingRules
 from tests.cases import case
 from tests.engines import LLAMA, tiny
+from tests.modules import small_spec
 from tests.oracle import checkpoint, shared_root
 
 UNKNOWN = Hardware(kind="box", memory=None, bandwidth=None, matmul=None)
