@@ -48,8 +48,8 @@ def assert_close(got, wanted):
         np.testing.assert_allclose(one, other, atol=5e-4, rtol=1e-3)
 
 
-# The yardstick is what bfloat16 costs torch, since models differ in how much they make of small errors: GPT-Neo does not
-# scale its scores. Measured: 1.6 to 2 times that in int8, 4 to 8 in fp8, 10 to 32 in int4.
+# The yardstick is what bfloat16 costs torch, since models differ in how much they make of small errors: GPT-Neo does
+# not scale its scores. Measured: 1.6 to 2 times that in int8, 4 to 8 in fp8, 10 to 32 in int4.
 @pytest.mark.parametrize("chosen", WIDE, ids=lambda chosen: chosen.family)
 @pytest.mark.parametrize(("method", "times"), [("int8", 4), ("fp8", 16), ("int4", 60)])
 def test_logits_are_those_of_the_rounded_weights_and_not_far_from_the_exact(chosen, method, times, root):
