@@ -2,7 +2,9 @@
 
 Symmetric, ``weight ~ value * factor``, rounded to the nearest, ties to even. ``int8`` and ``fp8`` (e4m3, with
 subnormals and without infinities) have one float32 factor for each output channel, ``int4`` one for each group of
-consecutive inputs of a channel. A factor takes the largest magnitude of its channel or group to the largest value.
+consecutive inputs of a channel. A factor takes the largest magnitude of its channel or group to the largest value. For
+int4, a search among smaller ones for the least squared error changed the bundled model's perplexity by less than 0.2 %
+either way, so there is none.
 """
 
 from __future__ import annotations

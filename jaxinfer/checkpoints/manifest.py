@@ -154,10 +154,10 @@ class Quantized:
         Raises:
             CheckpointError: it is something else.
         """
-        method = _field(entry, "method")
+        method = entry.get("method") if isinstance(entry, dict) else None
         if not isinstance(method, str) or method not in METHODS:
             raise CheckpointError(
-                f"{where}: quantization: method: expected one of {', '.join(METHODS)}, got {quoted(method)}"
+                f"{where}: quantization: method: expected one of {', '.join(METHODS)}, got {quoted(entry)}"
             )
         groups = entry.get("groups", {})
         if not isinstance(groups, dict) or not all(map(is_size, groups.values())):

@@ -16,6 +16,7 @@ from jaxinfer.plan import USABLE, make_plan, size
 from sharding import MeshError, ShardingRules
 from tests.cases import case
 from tests.engines import LLAMA, tiny
+from tests.modules import small_spec
 from tests.oracle import checkpoint, shared_root
 
 UNKNOWN = Hardware(kind="box", memory=None, bandwidth=None, matmul=None)
@@ -114,6 +115,8 @@ BAD = [
     ({"kv_blocks": 0}, "kv_blocks: expected a positive integer, got 0"),
     ({"max_model_len": 0}, "max_model_len: expected a positive integer, got 0"),
     ({"max_model_len": 257}, "max_model_len: the model's context is 256 tokens, got 257"),
+    ({"quantize": "int3"}, "quantize: expected None or one of int8, int4, fp8, got 'int3'"),
+    ({"quantize": "int4"}, r"attention\.qkv: int4 has groups of 128 or 64 inputs"),
     ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
 ]
 
@@ -228,3 +231,24 @@ def test_a_model_is_planned_without_loading_it(folder, monkeypatch):
         jaxinfer.plan(folder, device="H9000")
     with pytest.raises(MeshError):
         jaxinfer.plan(folder, mesh={"tensor": 3}, device="H200")
+
+
+@pytest.mark.parametrize(("method", "bits"), [("int8", 8), ("fp8", 8), ("int4", 4)])
+def test_quantized_weights_are_counted_as_they_lie(method, bits):
+    spec = small_spec(hidden=256, intermediate=512, heads=4, kv_heads=4, head_dim=64, gated_mlp=True)
+    plain = make_plan(spec, {"tensor": 2}, "bfloat16", UNKNOWN)
+    plan = make_plan(spec, {"tensor": 2}, "bfloat16", UNKNOWN, quantize=method)
+    weights = 2 * (6 * 256 * 256 - 2 * 256 * 256 + 3 * 256 * 512)  # qkv, out, gate, up and down of two layers
+    factors = 2 * (3 * 256 + 256 + 2 * 512 + 256)
+    if method == "int4":
+        factors = weights // 128 + 2 * 256 * 256 // 128  # those of `out` have groups of 64
+    assert plain.weight_bytes - plan.weight_bytes == weights * (16 - bits) // 8 - 4 * factors
+    assert plan.parameter_count == plain.parameter_count
+    assert plan.prefill_flops(1, 64) == plain.prefill_flops(1, 64)
+    assert plan.to_dict()["quantize"] == method
+    groups = " in groups of 128 and 64" if method == "int4" else ""
+    assert f"bfloat16, weights {method}{groups}" in str(plan)
+    # Factors of channels whose inputs are divided lie whole on each device.
+    whole = 0 if method == "int4" else 2 * (256 + 256) * 4
+    norms = sum(info.nbytes for path, info in plan.parameters.items() if "norm" in path or path == "embed.positions")
+    assert plan.weight_bytes_per_device == (plan.weight_bytes + whole + norms) // 2
