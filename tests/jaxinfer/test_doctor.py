@@ -39,7 +39,8 @@ def test_a_models_own_shapes_decide_what_serves_it(monkeypatch):
     said = {choice.op: choice for choice in diagnose("demo", measure=False).implementations}
     assert said["products of up to 64 rows"].implementation == "mosaic"
     assert said["decode attention"].implementation == "reduce"
-    assert "the kernel does not run head_dim 32" in said["decode attention"].reason
+    for op in ("prefill attention", "decode attention"):
+        assert "the kernel does not run head_dim 32" in said[op].reason
     with pytest.raises(jaxinfer.CheckpointError):
         diagnose("no-such-folder-or-model", measure=False)
 

@@ -177,15 +177,17 @@ def test_a_cache_of_8_bits_holds_more_tokens(spec):
 
 
 def test_a_plan_says_what_serves_the_model_there(spec):
-    def served(kind, dtype, **options):
+    def served(kind, dtype, op="products of up to 64 rows", **options):
         plan = make_plan(spec, {}, dtype, named(kind), **options)
         assert all(str(choice) in str(plan) for choice in plan.implementations)
         said = plan.to_dict()["implementations"]
-        return {choice["op"]: choice["implementation"] for choice in said}["products of up to 64 rows"]
+        return {choice["op"]: choice["implementation"] for choice in said}[op]
 
-    spec = spec.replace(hidden=64, head_dim=16, intermediate=128)
+    spec = spec.replace(hidden=64, head_dim=64, intermediate=128)
     assert served("H200", "bfloat16") == "mosaic"
     assert served("H200", "float32") == served("L40S", "bfloat16") == "dot"
+    assert served("H200", "bfloat16", "prefill attention") == "mosaic"
+    assert served("H200", "bfloat16", "prefill attention", kv_dtype="int8") == "dot"
 
 
 def test_a_plan_shows_itself(spec):

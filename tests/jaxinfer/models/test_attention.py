@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxinfer.models import norm as norms
 from jaxinfer.models.attention import Attention, Batch
 from jaxinfer.models.positions import alibi_slopes, rotary
 from jaxinfer.models.spec import Alibi, LayerSpec, Layout, Norm
+from pallas_kernels.choices import Device, compiling_for
 from tests.modules import Built, normal, small_spec
 
 X = normal(2, 7, 16)
@@ -139,3 +144,27 @@ def test_norm_and_residual_are_those_around_it(changes, tensor):
     normed = centred / jnp.sqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-3)
     wanted = built(lambda module: module(normed, BATCH, None)[0]) + 3 * X
     np.testing.assert_allclose(built(inside) if tensor == 1 else built.split(inside, tensor), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("on", "dtype", "kernel"),
+    [
+        (Device("cpu"), jnp.bfloat16, False),
+        (Device("gpu", "8.0"), jnp.bfloat16, False),
+        (Device("gpu", "9.0"), jnp.bfloat16, True),
+        (Device("gpu", "9.0"), jnp.float32, False),
+    ],
+    ids=str,
+)
+def test_prefill_over_a_cache_is_its_kernels_on_hopper_and_plain_elsewhere(on, dtype, kernel):
+    spec = small_spec(hidden=64, head_dim=64)
+    built = Built(lambda: Attention(spec, spec.layers[0], Layout.of(spec), dtype), dtype=dtype)
+    cache = tuple(jnp.zeros((3, 4, 64, 64), dtype) for _ in range(2))
+    batch = dataclasses.replace(BATCH, tables=jnp.asarray([[1], [2]], jnp.int32))
+    with compiling_for(on):
+        program = str(
+            jax.make_jaxpr(lambda state, x, cache: nnx.merge(built.graph, state)(x, batch, cache))(
+                built.state, jnp.zeros((2, 7, 64), dtype), cache
+            )
+        )
+    assert ("prefill_attention_kernel" in program) == kernel
