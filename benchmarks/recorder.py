@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxinfer.executor import Drawn, PromptReport, _shapes
@@ -25,7 +28,8 @@ class Step:
         real: tokens of sequences.
         context: cached tokens that the real ones of a decode step read, summed over steps and sequences.
         width: blocks of a table row.
-        rows: rows of the step.
+        rows: rows of the step, those of padding and idle slots included.
+        active: rows that hold a sequence.
         key: what one compiled program serves.
         arguments: of the executor's method.
     """
@@ -36,6 +40,7 @@ class Step:
     context: int
     width: int
     rows: int
+    active: int
     key: Any
     arguments: tuple[Any, ...]
 
@@ -64,7 +69,19 @@ class Recorder:
         real = int((inputs.positions >= 0).sum())
         key = ("prefill", _shapes(inputs), features, wish)
         width = inputs.tables.shape[1]
-        self.steps.append(Step("prefill", rows * tokens, real, 0, width, rows, key, (inputs, features, wish)))
+        self.steps.append(
+            Step(
+                "prefill",
+                rows * tokens,
+                real,
+                0,
+                width,
+                rows,
+                int((inputs.positions[:, 0] >= 0).sum()),
+                key,
+                (inputs, features, wish),
+            )
+        )
         return Drawn(np.zeros(rows, np.int32)), PromptReport()
 
     def decode(self, inputs: Any, features: Any) -> Drawn:
@@ -75,7 +92,17 @@ class Recorder:
         key = ("decode", _shapes(inputs), features)
         width = inputs.tables.shape[1]
         self.steps.append(
-            Step("decode", chunk * self.batch, int(steps.sum()), context, width, self.batch, key, (inputs, features))
+            Step(
+                "decode",
+                chunk * self.batch,
+                int(steps.sum()),
+                context,
+                width,
+                self.batch,
+                int((steps > 0).sum()),
+                key,
+                (inputs, features),
+            )
         )
         return Drawn(np.zeros((chunk, self.batch), np.int32))
 
@@ -111,27 +138,36 @@ def rehearse(engine: Any, prompts: Sequence[list[int]], params: Any) -> tuple[Re
 
 
 def compile_all(engine: Any, steps: Sequence[Step], threads: int = THREADS) -> float:
-    """Compile the programs of steps at the same time, without running them; return the seconds."""
+    """Compile the programs of steps without running them, XLA's part at the same time; return the seconds."""
     executor = engine.executor
-    compiled: Callable[..., Any] = executor._step
+    step_of: Callable[..., Any] = executor._step
+    finish = jax.stages.Lowered.compile
+    # Tracing and lowering hold Python's lock anyway, and one at a time they are as they are in any other run.
+    tracing = threading.Lock()
+
+    def compile_unlocked(lowered: Any, *arguments: Any, **options: Any) -> Any:
+        tracing.release()
+        try:
+            return finish(lowered, *arguments, **options)
+        finally:
+            tracing.acquire()
 
     def only(*arguments: Any) -> None:
-        compiled(*arguments)
+        step_of(*arguments)
         raise _CompiledError
 
     def one(step: Step) -> None:
-        try:
+        with tracing, contextlib.suppress(_CompiledError):
             getattr(executor, step.kind)(*step.arguments)
-        except _CompiledError:
-            return
 
     start = time.perf_counter()
-    executor._step = only
+    executor._step, jax.stages.Lowered.compile = only, compile_unlocked
     try:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(one, steps))
     finally:
         del executor._step
+        jax.stages.Lowered.compile = finish
     return time.perf_counter() - start
 
 
