@@ -143,6 +143,6 @@ def test_the_table_is_rehearsed_and_a_row_that_fails_leaves_the_rest(tmp_path):
     assert set(found["rows"]) == {"decode1", "long64", "requests"}
     for row in found["rows"].values():
         assert row["ours"]["value"] > 0
-        assert 0 < row["ours"]["share"] < 1
+        assert row["ours"]["share"] > 0
     assert found["rows"]["decode1"]["ours"]["trace"]["kernels"]
     assert found["ours"]["machine"]["device"] == "cpu"
