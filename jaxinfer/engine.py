@@ -36,6 +36,7 @@ def init_inference(
     mesh: Mapping[str, int] | Mesh | None = None,
     dtype: str | None = None,
     *,
+    quantize: str | None = None,
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
@@ -55,6 +56,8 @@ def init_inference(
         mesh: axis sizes such as ``{"data": 2, "tensor": 4}``, or a ``jax.sharding.Mesh``. None: all local devices,
             ``tensor`` as far as the model's heads allow, the rest ``data``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None is the checkpoint's own.
+        quantize: keep the weights of attention and MLP as ``int8``, ``int4`` or ``fp8``; they are quantized while they
+            are read. None: as ``dtype`` says, or as a store that ``convert`` quantized has them.
         max_batch: sequences that decode together, over all data shards.
         max_model_len: most tokens of a sequence, prompt and output; None is the model's context length.
         kv_blocks: KV blocks of 64 tokens on each data shard; None: as many as are of use and fit.
@@ -90,13 +93,17 @@ def init_inference(
             prefill_chunk=prefill_chunk,
             prefill_tokens=prefill_tokens,
             rules=rules,
+            quantize=pretrained.quantized(quantize),
         )
         pretrained.check(plan.layout)
         defaults, eos_token_ids = pretrained.generation()
         tokenizer = pretrained.tokenizer()
         _keep_compiled(devices)
         placements = Executor.placements(plan, devices)
-        targets = {path: Target(info.shape, info.dtype, placements[path]) for path, info in plan.parameters.items()}
+        targets = {
+            path: Target(info.shape, info.dtype, placements[path], info.quantization)
+            for path, info in plan.parameters.items()
+        }
         leaves = pretrained.load(plan.layout, targets, progress=show, seed=seed)
     return InferenceEngine(
         plan,
@@ -318,11 +325,11 @@ class InferenceEngine:
         self.close()
 
     def __repr__(self) -> str:
-        head = f"InferenceEngine({self.name or self.spec.family}, {self.plan.dtype}, {describe(self.mesh)})"
+        head = f"InferenceEngine({self.name or self.spec.family}, {self.plan.weights}, {describe(self.mesh)})"
         return "\n".join([head, str(self.plan), "", *map(str, self.implementations)])
 
     def _repr_html_(self) -> str:
-        head = f"InferenceEngine {self.name or self.spec.family}, {self.plan.dtype}, {describe(self.mesh)}"
+        head = f"InferenceEngine {self.name or self.spec.family}, {self.plan.weights}, {describe(self.mesh)}"
         served = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.implementations)
         return f"<p>{html.escape(head)}</p>{self.plan._repr_html_()}<ul>{served}</ul>"
 

@@ -153,7 +153,7 @@ class Executor:
     ) -> None:
         """Allocate the caches."""
         self.plan, self.mesh = plan, mesh
-        decoder = abstract(plan.spec, plan.layout, jnp.dtype(plan.dtype))
+        decoder = abstract(plan.spec, plan.layout, jnp.dtype(plan.dtype), plan.quantize)
         self._graphdef, state = nnx.split(decoder)
         self._treedef = jax.tree.structure(state)
         self._leaves = [leaves[path] for path in plan.parameters]

@@ -22,6 +22,7 @@ from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import Layout, ModelSpec
 from jaxinfer.pretrained import DTYPES, Pretrained
+from jaxinfer.quantization import check_method
 from pallas_kernels import BLOCK_SIZE, SCORE_BYTES
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
@@ -44,6 +45,7 @@ class Plan:
         rules: logical axis -> mesh axis.
         mesh: size of each mesh axis.
         dtype: of parameters, activations and cache.
+        quantize: how the weights of attention and MLP are, ``int8``, ``int4`` or ``fp8``; None: of ``dtype``.
         parameters: every parameter by path.
         hardware: one device of the mesh.
         slots: sequences that decode together, on each data shard.
@@ -67,6 +69,7 @@ class Plan:
     decode_chunk: int
     prefill_chunk: int
     prefill_tokens: int
+    quantize: str | None = None
 
     @property
     def shards(self) -> int:
@@ -77,6 +80,20 @@ class Plan:
     def devices(self) -> int:
         """Devices of the mesh."""
         return math.prod(self.mesh.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """The model's parameters; the factors of quantized weights are not counted."""
+        return sum(math.prod(info.shape) for info in self.parameters.values() if not info.factors)
+
+    @property
+    def weights(self) -> str:
+        """The dtype, and how weights are quantized, in words: ``bfloat16, weights int4 in groups of 128``."""
+        if self.quantize is None:
+            return self.dtype
+        groups = {info.quantization.group for info in self.parameters.values() if info.quantization is not None}
+        sizes = " and ".join(str(group) for group in sorted(filter(None, groups), reverse=True))
+        return f"{self.dtype}, weights {self.quantize}{f' in groups of {sizes}' if sizes else ''}"
 
     @property
     def weight_bytes(self) -> int:
@@ -175,7 +192,7 @@ class Plan:
         layers = sum(
             math.prod(info.shape) // self._ways(info.axes)
             for path, info in self.parameters.items()
-            if path.startswith("layers.") and len(info.shape) > 1
+            if path.startswith("layers.") and len(info.shape) > 1 and not info.factors
         )
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
         head = spec.hidden * self.layout.vocab_rows // tensor
@@ -205,8 +222,8 @@ class Plan:
         cache = self.cache_bytes_per_device
         tokens = (self.num_blocks - 1) * BLOCK_SIZE
         table = [
-            ("model", self.spec.family, f"{sum(math.prod(i.shape) for i in self.parameters.values()):,} parameters"),
-            ("dtype", self.dtype, ""),
+            ("model", self.spec.family, f"{self.parameter_count:,} parameters"),
+            ("dtype", self.weights, ""),
             (
                 "mesh",
                 " ".join(f"{a}={n}" for a, n in self.mesh.items() if n > 1) or "one device",
@@ -237,10 +254,11 @@ class Plan:
         return {
             "family": self.spec.family,
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "mesh": dict(self.mesh),
             "device": self.hardware.kind,
             "device_memory": self.hardware.memory,
-            "parameters": sum(math.prod(info.shape) for info in self.parameters.values()),
+            "parameters": self.parameter_count,
             "weight_bytes": self.weight_bytes,
             "per_device": {
                 "weight_bytes": self.weight_bytes_per_device,
@@ -301,6 +319,7 @@ def make_plan(
     prefill_chunk: int = 512,
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
+    quantize: str | None = None,
     must_fit: bool = True,
 ) -> Plan:
     """Lay a model out over a mesh.
@@ -316,16 +335,19 @@ def make_plan(
             memory goes.
         decode_chunk, prefill_chunk, prefill_tokens: see :class:`Plan`.
         rules: logical axis -> mesh axis.
+        quantize: how the weights of attention and MLP are: ``int8``, ``int4``, ``fp8`` or None.
         must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
     Raises:
-        ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length.
+        ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length;
+            int4 for a weight whose inputs on one device no group divides.
         CapacityError: the memory does not hold the weights and a useful cache.
         sharding.MeshError: rules that the steps do not follow.
     """
     _check_rules(rules or ShardingRules(), mesh)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_method(quantize)
     numbers = {
         "max_batch": max_batch, "max_model_len": max_model_len, "kv_blocks": kv_blocks, "decode_chunk": decode_chunk,
         "prefill_chunk": prefill_chunk, "prefill_tokens": prefill_tokens,
@@ -340,13 +362,14 @@ def make_plan(
     shards = mesh.get("data", 1)
     longest = max_model_len or spec.context_length
     slots = -(-max_batch // shards)
+    listed = parameters(abstract(spec, layout, jnp.dtype(dtype), quantize))
 
     def build(blocks: int) -> Plan:
         return Plan(
             spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype,
-            parameters=parameters(abstract(spec, layout, jnp.dtype(dtype))), hardware=hardware, slots=slots,
-            num_blocks=blocks, max_model_len=longest, decode_chunk=decode_chunk,
-            prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
+            parameters=listed, hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest,
+            decode_chunk=decode_chunk, prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
+            quantize=quantize,
         )  # fmt: skip
 
     if kv_blocks is not None:
@@ -402,6 +425,7 @@ def plan(
     prefill_chunk: int = 512,
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
+    quantize: str | None = None,
     load_format: str = "auto",
 ) -> Plan:
     """Say where every byte of a model would live and what that bounds, without loading it.
@@ -413,8 +437,8 @@ def plan(
         model, mesh, dtype: as in :func:`jaxinfer.init_inference`.
         device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
-        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, load_format: as in
-            :func:`jaxinfer.init_inference`.
+        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, load_format:
+            as in :func:`jaxinfer.init_inference`.
 
     Raises:
         ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
@@ -430,7 +454,7 @@ def plan(
         found = make_plan(
             pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
-            prefill_tokens=prefill_tokens, rules=rules, must_fit=False,
+            prefill_tokens=prefill_tokens, rules=rules, quantize=pretrained.quantized(quantize), must_fit=False,
         )  # fmt: skip
         pretrained.check(found.layout)
     return found

@@ -9,17 +9,32 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxinfer.checkpoints import Checkpoint, Store, Target, check, dummy, is_store, load, resolve, restore
+from jaxinfer.checkpoints import (
+    Checkpoint,
+    Store,
+    Target,
+    check,
+    dummy,
+    is_store,
+    load,
+    load_quantized,
+    packed,
+    resolve,
+    restore,
+    unpacked,
+)
 from jaxinfer.errors import ConfigError
 from jaxinfer.generation.params import GenerationDefaults
 from jaxinfer.models.config import read_config
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.families import ignored, sources_of, spec_of
 from jaxinfer.models.parameter import ParameterInfo
-from jaxinfer.models.relayout import moves
+from jaxinfer.models.relayout import Move, moves, scale_moves
 from jaxinfer.models.sources import Sources
 from jaxinfer.models.spec import Layout
+from jaxinfer.quantization import check_method, wire_dtype, wire_shape
 from sharding import TensorLimits
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,9 +104,29 @@ class Pretrained:
         """What the model allows the ``tensor`` axis to be."""
         return TensorLimits(heads=self.spec.heads, kv_heads=self.spec.kv_heads, intermediate=self.spec.intermediate)
 
-    def parameters(self, dtype: str = "float32") -> dict[str, ParameterInfo]:
+    @property
+    def quantize(self) -> str | None:
+        """How the weights lie in a store: one of :data:`jaxinfer.quantization.DTYPES`, or None."""
+        quantized = self.checkpoint.manifest.quantized if isinstance(self.checkpoint, Store) else None
+        return None if quantized is None else quantized.method
+
+    def quantized(self, asked: str | None) -> str | None:
+        """How the weights will be: as asked, or as a store has them.
+
+        Raises:
+            ConfigError: it is no way to quantize, or not that of the store.
+        """
+        check_method(asked)
+        if isinstance(self.checkpoint, Store) and asked not in (None, self.quantize):
+            raise ConfigError(
+                f"quantize: expected None or what the store {self.folder} holds, {self.quantize or 'no quantization'}, "
+                f"got {asked!r}; convert the checkpoint again with quantize={asked!r}"
+            )
+        return asked or self.quantize
+
+    def parameters(self, dtype: str = "float32", quantize: str | None = None) -> dict[str, ParameterInfo]:
         """The model's parameters at the one-device layout, which is that of a store."""
-        return parameters(abstract(self.spec, Layout.of(self.spec), jnp.dtype(dtype)))
+        return parameters(abstract(self.spec, Layout.of(self.spec), jnp.dtype(dtype), quantize))
 
     def check(self, layout: Layout) -> None:
         """Hold the weights against what a layout needs, before a device holds anything.
@@ -101,10 +136,18 @@ class Pretrained:
         """
         if self.checkpoint is None:
             return
-        if isinstance(self.checkpoint, Store):
-            self.checkpoint.check({path: info.shape for path, info in self.parameters().items()})
-        else:
+        if not isinstance(self.checkpoint, Store):
             self.sources(layout)
+            return
+        listed = self.parameters(quantize=self.quantize)
+        how = {path: info.quantization for path, info in listed.items()}
+        shapes = {
+            path: info.shape if (q := how[path]) is None else wire_shape(info.shape, q.method)
+            for path, info in listed.items()
+        }
+        dtypes = {path: wire_dtype(q.method) for path, q in how.items() if q is not None}
+        dtypes |= {path: np.dtype(np.float32) for path, info in listed.items() if info.factors}
+        self.checkpoint.check(shapes, dtypes)
 
     def load(
         self, layout: Layout, targets: Mapping[str, Target], *, progress: bool, seed: int = 0
@@ -112,16 +155,33 @@ class Pretrained:
         """Read the parameters of a layout onto their devices; ``dummy`` draws them there, from ``seed``.
 
         Raises:
-            CheckpointError: as :meth:`check`; also files that cannot be read, or are damaged.
+            CheckpointError: as :meth:`check`; also files that cannot be read, or are damaged, and weights that are not
+                finite where they are to be quantized.
         """
         if self.checkpoint is None:
             return dummy(targets, seed)
         if isinstance(self.checkpoint, Store):
             self.check(layout)
-            tensors = self.checkpoint.tensors
-            moved = {path: moves(path, tensors[path].shape, self.spec, layout) for path in targets}
-            return restore(self.checkpoint, moved, targets, progress=progress)
-        return load(self.checkpoint, self.sources(layout), targets, progress=progress)
+            moved = {path: self._moves(path, target, layout) for path, target in targets.items()}
+            wired = {path: packed(target) for path, target in targets.items()}
+            found = restore(self.checkpoint, moved, wired, progress=progress)
+            return {path: unpacked(found.pop(path), target) for path, target in targets.items()}
+        sources = self.sources(layout)
+        quantized = {path for path, target in targets.items() if target.quantization is not None}
+        quantized |= {f"{path}_scale" for path in quantized}
+        plain = {path: target for path, target in targets.items() if path not in quantized}
+        found = load(self.checkpoint, sources, plain, progress=progress)
+        if quantized:
+            chosen = {path: target for path, target in targets.items() if path in quantized}
+            found |= load_quantized(self.checkpoint, sources, chosen, progress=progress)
+        return {path: found[path] for path in targets}
+
+    def _moves(self, path: str, target: Target, layout: Layout) -> tuple[Move, ...]:
+        assert isinstance(self.checkpoint, Store)
+        shape = self.checkpoint.tensors[path].shape
+        if self.quantize == "int4" and path.endswith("_scale"):
+            return scale_moves(path, shape, target.shape, self.spec, layout)
+        return moves(path, shape, self.spec, layout)
 
     def sources(self, layout: Layout) -> Sources:
         """Say which tensors of a folder of safetensors fill which parameters of a layout.

@@ -11,8 +11,9 @@ from flax import nnx
 import pallas_kernels as ops
 from jaxinfer.models import positions
 from jaxinfer.models.norm import Norm
-from jaxinfer.models.parameter import matmul, parameter
+from jaxinfer.models.parameter import array, matmul, parameter, weight
 from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
+from jaxinfer.quantization import quantization
 from sharding import axis_index, psum
 
 LayerCache = tuple[jax.Array, jax.Array]
@@ -45,13 +46,29 @@ class Attention(nnx.Module):
     off the local shape.
     """
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
-        """Declare the weights ``qkv`` [G, R + 2, D, H] and ``out`` [H, G, R, D]."""
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None
+    ) -> None:
+        """Declare the weights ``qkv`` [G, R + 2, D, H] and ``out`` [H, G, R, D].
+
+        Quantized, there are factors too: ``qkv_scale`` [G, R + 2, D] and ``out_scale`` [H], or of int4
+        [H / g, G, R + 2, D] and [G, R * D / g, H].
+
+        Raises:
+            ConfigError: int4, and no group divides the inputs.
+        """
         groups, dim = layout.kv_groups, spec.head_dim
         per_group = spec.heads // groups
         self.layer, self.softcap, self.alibi = layer, spec.softcap, spec.alibi
-        self.qkv = parameter((groups, per_group + 2, dim, spec.hidden), ("kv_heads", None, "head_dim", "hidden"), dtype)
-        self.out = parameter((spec.hidden, groups, per_group, dim), ("hidden", "kv_heads", None, "head_dim"), dtype)
+        qkv = out = None
+        if quantize is not None:
+            qkv = quantization(quantize, "attention.qkv", spec.hidden)
+            out = quantization(quantize, "attention.out", per_group * dim, inputs=3)
+        axes = ("kv_heads", None, "head_dim")
+        shape = (groups, per_group + 2, dim, spec.hidden)
+        self.qkv, self.qkv_scale = weight(shape, (*axes, "hidden"), dtype, qkv)
+        shape = (spec.hidden, groups, per_group, dim)
+        self.out, self.out_scale = weight(shape, ("hidden", *axes), dtype, out)
         self.qkv_biased, self.out_biased = spec.qkv_bias, spec.out_bias
         if spec.qkv_bias:
             self.qkv_bias = parameter((groups, per_group + 2, dim), ("kv_heads", None, "head_dim"), dtype)
@@ -65,7 +82,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; new tokens are written to the cache."""
         with jax.named_scope("attention"):
-            qkv = matmul(x, self.qkv[...])
+            qkv = matmul(x, self.qkv[...], array(self.qkv_scale))
             if self.qkv_biased:
                 qkv = qkv + self.qkv_bias[...]
             query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
@@ -93,7 +110,10 @@ class Attention(nnx.Module):
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
             out = self.out[...]
-            y = matmul(y.reshape(*y.shape[:2], -1), out.reshape(out.shape[0], -1))
+            factors = array(self.out_scale)
+            if factors is not None and factors.ndim > 1:
+                factors = factors.reshape(-1, out.shape[0])
+            y = matmul(y.reshape(*y.shape[:2], -1), out.reshape(out.shape[0], -1), factors)
             y = psum(y, "tensor")
             return (y + self.out_bias[...] if self.out_biased else y), cache
 

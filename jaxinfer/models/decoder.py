@@ -73,12 +73,14 @@ def _sandwich(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.A
 class Layer(nnx.Module):
     """One transformer layer: [B, T, H] to [B, T, H], and its cache with the new tokens written."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None
+    ) -> None:
         """Declare the layer's parts."""
         count, self.join = RESIDUALS[spec.residual]
         self.norms = nnx.List([Norm(spec.norm, spec.hidden, dtype) for _ in range(count)])
-        self.attention = Attention(spec, layer, layout, dtype)
-        self.mlp = Mlp(spec, dtype)
+        self.attention = Attention(spec, layer, layout, dtype, quantize)
+        self.mlp = Mlp(spec, dtype, quantize, layout.tensor)
 
     def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """Run the layer."""
@@ -95,10 +97,10 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only language model."""
 
-    def __init__(self, spec: ModelSpec, layout: Layout, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: ModelSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None) -> None:
         """Declare all parameters; call it through :func:`abstract`, which allocates nothing."""
         self.embed = Embedding(spec, layout, dtype)
-        self.layers = nnx.List([Layer(spec, layer, layout, dtype) for layer in spec.layers])
+        self.layers = nnx.List([Layer(spec, layer, layout, dtype, quantize) for layer in spec.layers])
         self.head = Head(spec, layout, dtype)
 
     def hidden_states(
@@ -124,9 +126,19 @@ class Decoder(nnx.Module):
         return self.logits(x), written
 
 
-def abstract(spec: ModelSpec, layout: Layout, dtype: jnp.dtype) -> Decoder:
-    """Build a decoder whose parameters are shapes only."""
-    return nnx.eval_shape(lambda: Decoder(spec, layout, dtype))
+def abstract(spec: ModelSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None) -> Decoder:
+    """Build a decoder whose parameters are shapes only.
+
+    Args:
+        spec: the architecture.
+        layout: how it is laid out over devices.
+        dtype: of the parameters that are not quantized.
+        quantize: how the weights of attention and MLP are: one of :data:`jaxinfer.quantization.DTYPES`, or None.
+
+    Raises:
+        ConfigError: int4, and no group divides a weight's inputs on one device.
+    """
+    return nnx.eval_shape(lambda: Decoder(spec, layout, dtype, quantize))
 
 
 def parameters(decoder: Decoder) -> dict[str, ParameterInfo]:
@@ -136,5 +148,8 @@ def parameters(decoder: Decoder) -> dict[str, ParameterInfo]:
     for path, variable in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         value = variable.get_value()
         name = ".".join(str(getattr(key, "key", key)) for key in path)
-        found[name] = ParameterInfo(tuple(value.shape), value.dtype, variable.axes)
+        about = variable.get_metadata()
+        found[name] = ParameterInfo(
+            tuple(value.shape), value.dtype, about["axes"], about.get("quantization"), about.get("factors", False)
+        )
     return found

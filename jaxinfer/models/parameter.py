@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,24 +11,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfer.quantization import Quantization, bits
+from pallas_kernels import einsum_f32
+
 Axes = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """A parameter's global shape, dtype and logical axes (see :class:`sharding.ShardingRules`)."""
+    """A parameter's global shape, dtype and logical axes (see :class:`sharding.ShardingRules`).
+
+    Attributes:
+        shape, dtype, axes: as it is declared.
+        quantization: how a quantized weight is; its factors are the parameter of the same path with ``_scale`` added.
+        factors: whether it is the factors of a quantized weight.
+    """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: Axes
+    quantization: Quantization | None = None
+    factors: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole parameter."""
-        size = jnp.dtype(self.dtype).itemsize
-        for dim in self.shape:
-            size *= dim
-        return size
+        """Bytes of the whole parameter on a device, where int4 takes half a byte."""
+        return math.prod(self.shape) * bits(self.dtype) // 8
 
 
 def parameter(shape: Sequence[int], axes: Axes, dtype: Any) -> nnx.Param[jax.Array]:
@@ -37,9 +46,57 @@ def parameter(shape: Sequence[int], axes: Axes, dtype: Any) -> nnx.Param[jax.Arr
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiply ``x`` [..., in] with a weight stored as [out..., in], giving [..., out...] in the dtype of ``x``.
+def weight(
+    shape: Sequence[int], axes: Axes, dtype: Any, how: Quantization | None
+) -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array] | None]:
+    """Declare a weight ``[lead..., channels..., inputs...]`` and, where it is quantized, its factors.
 
-    The weight is used as the file stores it, with its rows contiguous along ``in``.
+    A module calls the factors as it calls the weight, with ``_scale`` added.
+
+    Args:
+        shape, axes, dtype: of the weight, were it not quantized.
+        how: how it is quantized; None where it is not.
     """
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
+    if how is None:
+        return parameter(shape, axes, dtype), None
+    if len(shape) != len(axes):
+        raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} logical axes, got {axes}")
+    groups = axes[len(axes) - how.inputs :]
+    # Of inputs [G, R, D], in groups [G, R * D / g], only the first axis is ever divided.
+    kept: Axes = () if how.group is None else groups if how.inputs == 1 else (groups[0], None)
+    scale_axes = (*axes[: how.lead], *kept, *axes[how.lead : len(axes) - how.inputs])
+    scale = jnp.zeros(how.scale_shape(shape), jnp.float32)
+    return (
+        nnx.Param(jnp.zeros(shape, how.dtype), axes=axes, quantization=how),
+        nnx.Param(scale, axes=scale_axes, factors=True),
+    )
+
+
+def array(declared: nnx.Param[jax.Array] | None) -> jax.Array | None:
+    """The array of a parameter that a module may lack."""
+    return None if declared is None else declared[...]
+
+
+def matmul(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """Multiply ``x`` [..., K] with a weight stored as [out..., K], giving [..., out...] in the dtype of ``x``.
+
+    The weight is used as the file stores it, with its rows contiguous along ``K``.
+
+    Args:
+        x: activations.
+        weight: of the dtype of ``x``, or quantized; gate and up together are [2, F, K].
+        scale: a quantized weight's factors, float32: [out...], or of int4 [K / g, out...], [2, K / g, F].
+    """
+    if scale is None:
+        return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
+    if scale.ndim < weight.ndim:
+        outputs = weight.reshape(-1, weight.shape[-1]).astype(x.dtype)
+        y = einsum_f32("...k,nk->...n", x, outputs).reshape(*x.shape[:-1], *weight.shape[:-1]) * scale
+        return y.astype(x.dtype)
+    if weight.ndim == 3:
+        scale = jnp.moveaxis(scale, 0, 1)  # groups first
+    groups = scale.shape[0]
+    outputs = weight.astype(x.dtype).reshape(-1, groups, weight.shape[-1] // groups)
+    y = einsum_f32("...gk,ngk->...gn", x.reshape(*x.shape[:-1], groups, -1), outputs)
+    y = jnp.sum(y * scale.reshape(groups, -1), axis=-2)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[:-1])
