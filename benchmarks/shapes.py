@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 # For a rehearsal on a CPU: the same code with sizes that take seconds.
 _TINY_LLAMA = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 128, "dtype": "float32",
 }  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
