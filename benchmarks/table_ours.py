@@ -143,6 +143,7 @@ def decode(
         nbytes = weight_bytes(engine.plan) + batch * context * token_bytes(engine)
         result = _decode_result(ctx, engine, found.ms, nbytes, made)
         result |= {"device_ms": found.device_ms, "host_share": found.host_share, "context": found.context}
+        result["xla_alone"] = xla
         if ctx.profile:
             result["trace"] = _trace(engine, batch, context)
         return result
@@ -175,7 +176,7 @@ def decode_steps(
         nbytes = weight_bytes(engine.plan) + batch * (context - chunk / 2) * token_bytes(engine)
         made = {"programs": 1, "compile_s": seconds}
         result = _decode_result(ctx, engine, statistics.median(samples), nbytes, made)
-        result |= {"samples_ms": samples, "context": context - chunk / 2}
+        result |= {"samples_ms": samples, "context": context - chunk / 2, "xla_alone": xla}
         if ctx.profile:
             result["trace"] = _trace(engine, batch, context)
         return result
@@ -205,7 +206,7 @@ def _noise(engine: Any, batch: int, context: int) -> tuple[Any, Any]:
         noise = jax.random.normal(key, array.shape, jnp.bfloat16)
         if jnp.issubdtype(array.dtype, jnp.integer):
             return jnp.clip(jnp.round(noise * 40), -127, 127).astype(array.dtype)
-        return jnp.abs(noise).astype(array.dtype) if array.ndim < 4 else noise.astype(array.dtype)
+        return (0.02 * jnp.abs(noise)).astype(array.dtype) if array.ndim < 4 else noise.astype(array.dtype)
 
     filled = jax.jit(fill, donate_argnums=0)
     keys = iter(jax.random.split(jax.random.key(0), 4 * len(executor.caches)))
