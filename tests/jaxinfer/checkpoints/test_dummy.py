@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import jax
@@ -94,3 +95,21 @@ def test_a_plan_needs_no_weights_either(folder):
     assert found.fits
     with pytest.raises(ConfigError, match="load_format: expected one of auto, dummy, got 'random'"):
         jaxinfer.plan(folder, load_format="random")
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("int8", "int8"), ("int4", "int4"), ("fp8", "float8_e4m3fn")])
+def test_quantized_weights_are_drawn_for_an_engine(tmp_path, method, dtype):
+    values = {
+        "model_type": "llama", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    with of(tmp_path, load_format="dummy", quantize=method) as engine:
+        drawn = engine.executor.parameters
+        assert str(drawn["layers.1.mlp.down"].dtype) == dtype
+        assert drawn["layers.1.mlp.down_scale"].dtype == jnp.float32
+        logits = engine.logits([5, 6, 7])
+        assert engine.generate([[5, 6, 7]], params)[0].outputs[0].finish_reason == "length"
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.01
