@@ -238,12 +238,15 @@ def bench(
 def doctor(
     *,
     output: OutputOptions,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Say what will run this model.", metavar="MODEL")
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure bandwidth and matmul rate.")] = True,
 ) -> None:
     """Look at devices, versions and settings: what will run where, and why."""
     from jaxinfer.doctor import diagnose
 
-    found = diagnose(measure=measure)
+    found = diagnose(model, measure=measure)
     emit(found.to_dict()) if output.json else print(found)
     if not found.healthy:
         raise typer.Exit(2)

@@ -52,6 +52,9 @@ class LoadOptions:
     quantize: Annotated[
         str | None, Option(help="Weights of attention and MLP: int8, int4 or fp8. Default: of the dtype.")
     ] = None
+    kv_dtype: Annotated[
+        str | None, Option(help="Cached keys and values: auto, int8 or fp8. Default: auto, of the dtype.")
+    ] = None
     max_batch: Annotated[
         int | None, Option(help="Sequences that decode together. Default: as many as there are, up to 16.")
     ] = None
@@ -83,7 +86,7 @@ class LoadOptions:
 
     def given(self) -> dict[str, Any]:
         """What was given, as arguments of ``init_inference`` and ``plan``."""
-        names = ("quantize", "max_batch", "max_model_len", "kv_blocks")
+        names = ("quantize", "kv_dtype", "max_batch", "max_model_len", "kv_blocks")
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         return given if self.load_format == "auto" else given | {"load_format": self.load_format}
 

@@ -27,7 +27,7 @@ from jaxinfer.generation.text import TextStream, token_text
 from jaxinfer.models.spec import ModelSpec
 from jaxinfer.plan import Plan, make_plan
 from jaxinfer.pretrained import Pretrained
-from pallas_kernels import Choice, choices
+from pallas_kernels import Choice
 from sharding import ShardingRules, describe, make_mesh
 
 
@@ -37,6 +37,7 @@ def init_inference(
     dtype: str | None = None,
     *,
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
@@ -58,6 +59,8 @@ def init_inference(
         dtype: ``float32``, ``bfloat16`` or ``float16``; None is the checkpoint's own.
         quantize: keep the weights of attention and MLP as ``int8``, ``int4`` or ``fp8``; they are quantized while they
             are read. None: as ``dtype`` says, or as a store that ``convert`` quantized has them.
+        kv_dtype: keep cached keys and values as ``int8`` or ``fp8``, each head of each token with a factor of its own;
+            ``auto`` keeps them in ``dtype``.
         max_batch: sequences that decode together, over all data shards.
         max_model_len: most tokens of a sequence, prompt and output; None is the model's context length.
         kv_blocks: KV blocks of 64 tokens on each data shard; None: as many as are of use and fit.
@@ -94,6 +97,7 @@ def init_inference(
             prefill_tokens=prefill_tokens,
             rules=rules,
             quantize=pretrained.quantized(quantize),
+            kv_dtype=kv_dtype,
         )
         pretrained.check(plan.layout)
         defaults, eos_token_ids = pretrained.generation()
@@ -160,7 +164,7 @@ class InferenceEngine:
     @property
     def implementations(self) -> tuple[Choice[str], ...]:
         """Which implementation serves which operation, and why."""
-        return choices(jax.default_backend(), self.spec.heads // self.plan.layout.kv_groups)
+        return self.plan.implementations
 
     @property
     def executor(self) -> Executor:
@@ -326,12 +330,11 @@ class InferenceEngine:
 
     def __repr__(self) -> str:
         head = f"InferenceEngine({self.name or self.spec.family}, {self.plan.weights}, {describe(self.mesh)})"
-        return "\n".join([head, str(self.plan), "", *map(str, self.implementations)])
+        return f"{head}\n{self.plan}"
 
     def _repr_html_(self) -> str:
         head = f"InferenceEngine {self.name or self.spec.family}, {self.plan.weights}, {describe(self.mesh)}"
-        served = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.implementations)
-        return f"<p>{html.escape(head)}</p>{self.plan._repr_html_()}<ul>{served}</ul>"
+        return f"<p>{html.escape(head)}</p>{self.plan._repr_html_()}"
 
     # Below: from what callers give to sequences that run, and back.
 

@@ -20,10 +20,11 @@ from jaxinfer.generation.scheduler import power_of_two
 from jaxinfer.hardware import Hardware
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.models.shapes import shapes_of
 from jaxinfer.models.spec import Layout, ModelSpec
 from jaxinfer.pretrained import DTYPES, Pretrained
 from jaxinfer.quantization import check_method
-from pallas_kernels import BLOCK_SIZE, SCORE_BYTES
+from pallas_kernels import BLOCK_SIZE, SCORE_BYTES, Choice, choices
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
 # Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
@@ -31,6 +32,8 @@ USABLE = 0.92
 # KV cache of a CPU where the caller gives no size: enough for notebooks and tests, small beside a laptop's memory.
 CPU_CACHE_BYTES = 2 << 30
 CPU_WORKSPACE_TOKENS = 512
+KV_DTYPES: dict[str, str | None] = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}
+"""Names of ``kv_dtype``, and JAX's; None is that of the model."""
 BOUND_CONTEXT = 512
 """Tokens of the sequences whose bounds a plan shows."""
 
@@ -44,7 +47,9 @@ class Plan:
         layout: how it is laid out for the ``tensor`` axis.
         rules: logical axis -> mesh axis.
         mesh: size of each mesh axis.
-        dtype: of parameters, activations and cache.
+        dtype: of parameters and activations.
+        kv_dtype: of cached keys and values: ``auto`` is ``dtype``; ``int8`` or ``fp8`` with a factor for each head of
+            each token.
         quantize: how the weights of attention and MLP are, ``int8``, ``int4`` or ``fp8``; None: of ``dtype``.
         parameters: every parameter by path.
         hardware: one device of the mesh.
@@ -70,6 +75,7 @@ class Plan:
     prefill_chunk: int
     prefill_tokens: int
     quantize: str | None = None
+    kv_dtype: str = "auto"
 
     @property
     def shards(self) -> int:
@@ -118,9 +124,20 @@ class Plan:
     @property
     def block_bytes_per_device(self) -> int:
         """Bytes of one KV block, keys and values of every layer, on each device."""
-        groups = self.layout.kv_groups // self.mesh.get("tensor", 1)
-        itemsize = jnp.dtype(self.dtype).itemsize
-        return 2 * self.spec.num_layers * groups * BLOCK_SIZE * self.spec.head_dim * itemsize
+        arrays = sum(math.prod(shape[1:]) * jnp.dtype(dtype).itemsize for shape, dtype in self.cache_arrays)
+        return self.spec.num_layers * arrays // self.mesh.get("tensor", 1)
+
+    @property
+    def cache_dtype(self) -> str:
+        """Dtype of cached keys and values, in JAX's words."""
+        return KV_DTYPES[self.kv_dtype] or self.dtype
+
+    @property
+    def cache_arrays(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Shape, over all devices, and dtype of each array of a layer's cache: a ``LayerCache``."""
+        shape = (self.num_blocks * self.shards, self.layout.kv_groups, BLOCK_SIZE, self.spec.head_dim)
+        factors = ((shape[:-1], "float32"),) * 2 if KV_DTYPES[self.kv_dtype] else ()
+        return ((shape, self.cache_dtype),) * 2 + factors
 
     @property
     def cache_bytes_per_device(self) -> int:
@@ -138,7 +155,9 @@ class Plan:
         rows, size = self.prefill_tokens, jnp.dtype(self.dtype).itemsize
         width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
         scores = min(4 * rows * spec.heads // tensor * self.prefill_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
-        gathered = 2 * self.prefill_blocks * self.block_bytes_per_device // spec.num_layers
+        groups = self.layout.kv_groups // tensor
+        widened = 2 * groups * BLOCK_SIZE * spec.head_dim * size
+        gathered = self.prefill_blocks * (self.block_bytes_per_device // spec.num_layers + widened)
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
         return rows * width * size * 2 + scores + gathered + logits
 
@@ -160,6 +179,13 @@ class Plan:
         """Whether a device's memory holds it all; None where the memory is not known."""
         memory = self.hardware.memory
         return None if memory is None else self.total_bytes_per_device <= memory * USABLE
+
+    @property
+    def implementations(self) -> tuple[Choice[str], ...]:
+        """Which implementation serves which operation on the plan's hardware, and why."""
+        weights = {path: info.dtype for path, info in self.parameters.items()}
+        shapes = shapes_of(self.spec, self.layout, self.dtype, self.cache_dtype, weights)
+        return choices(self.hardware.device, shapes)
 
     def step_bytes(self, batch: int = 1, context: int = 0) -> float:
         """Bytes that a device must read in a decode step: parameters, and the keys and values of every sequence.
@@ -230,7 +256,7 @@ class Plan:
                 f"{devices} x {self.hardware.kind}",
             ),
             ("weights (device)", size(self.weight_bytes_per_device), size(self.weight_bytes_per_device * devices)),
-            (f"KV cache (device), {tokens:,} tokens a shard", size(cache), size(cache * devices)),
+            (f"KV cache (device), {tokens:,} tokens a shard, {self.cache_dtype}", size(cache), size(cache * devices)),
             ("workspace (device), at most", size(self.workspace_bytes_per_device), ""),
             ("host", "0 B", "nothing is paged"),
             ("disk", "0 B", "nothing is paged"),
@@ -255,6 +281,7 @@ class Plan:
             "family": self.spec.family,
             "dtype": self.dtype,
             "quantize": self.quantize,
+            "kv_dtype": self.cache_dtype,
             "mesh": dict(self.mesh),
             "device": self.hardware.kind,
             "device_memory": self.hardware.memory,
@@ -280,12 +307,14 @@ class Plan:
                 },
                 "measured": self.hardware.measured,
             },
+            "implementations": [choice.to_dict() for choice in self.implementations],
         }
 
     def __str__(self) -> str:
         rows = [("", "each device", "in all"), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *map(str, self.implementations)])
 
     def __repr__(self) -> str:
         return str(self)
@@ -294,7 +323,8 @@ class Plan:
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
         )
-        return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table>"
+        served = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.implementations)
+        return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table><ul>{served}</ul>"
 
 
 def size(count: float) -> str:
@@ -320,6 +350,7 @@ def make_plan(
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     must_fit: bool = True,
 ) -> Plan:
     """Lay a model out over a mesh.
@@ -327,7 +358,7 @@ def make_plan(
     Args:
         spec: the architecture.
         mesh: size of each mesh axis.
-        dtype: of parameters, activations and cache: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of parameters and activations: ``float32``, ``bfloat16`` or ``float16``.
         hardware: one device of the mesh.
         max_batch: sequences that decode together, over all data shards; rounded up to a multiple of them.
         max_model_len: most tokens of a sequence; the model's context length where None.
@@ -336,6 +367,7 @@ def make_plan(
         decode_chunk, prefill_chunk, prefill_tokens: see :class:`Plan`.
         rules: logical axis -> mesh axis.
         quantize: how the weights of attention and MLP are: ``int8``, ``int4``, ``fp8`` or None.
+        kv_dtype: of cached keys and values: ``auto``, ``int8`` or ``fp8``; see :class:`Plan`.
         must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
     Raises:
@@ -347,6 +379,8 @@ def make_plan(
     _check_rules(rules or ShardingRules(), mesh)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     check_method(quantize)
     numbers = {
         "max_batch": max_batch, "max_model_len": max_model_len, "kv_blocks": kv_blocks, "decode_chunk": decode_chunk,
@@ -369,7 +403,7 @@ def make_plan(
             spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype,
             parameters=listed, hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest,
             decode_chunk=decode_chunk, prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
-            quantize=quantize,
+            quantize=quantize, kv_dtype=kv_dtype,
         )  # fmt: skip
 
     if kv_blocks is not None:
@@ -427,6 +461,7 @@ def plan(
     rules: ShardingRules | None = None,
     quantize: str | None = None,
     load_format: str = "auto",
+    kv_dtype: str = "auto",
 ) -> Plan:
     """Say where every byte of a model would live and what that bounds, without loading it.
 
@@ -437,8 +472,8 @@ def plan(
         model, mesh, dtype: as in :func:`jaxinfer.init_inference`.
         device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
-        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, load_format:
-            as in :func:`jaxinfer.init_inference`.
+        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, load_format,
+            kv_dtype: as in :func:`jaxinfer.init_inference`.
 
     Raises:
         ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
@@ -454,7 +489,8 @@ def plan(
         found = make_plan(
             pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
-            prefill_tokens=prefill_tokens, rules=rules, quantize=pretrained.quantized(quantize), must_fit=False,
+            prefill_tokens=prefill_tokens, rules=rules, quantize=pretrained.quantized(quantize), kv_dtype=kv_dtype,
+            must_fit=False,
         )  # fmt: skip
         pretrained.check(found.layout)
     return found

@@ -19,8 +19,11 @@ from jaxinfer.models.norm import Norm
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
 
-Half = Callable[[jax.Array], jax.Array]
-"""Attention or MLP as a function of hidden states."""
+Half = Callable[[jax.Array, Norm | None, jax.Array | None], jax.Array]
+"""Attention or MLP: of hidden states, the norm before it or None, and what is added to its result or None.
+
+Norm and residual are handed down, not written here, because a kernel computes both in the product beside them.
+"""
 
 # One function a way of joining the stream; ``norms`` are called n1, n2, n1b, n2b in ``spec.Residual``.
 RESIDUALS: dict[str, tuple[int, Callable[[jax.Array, Sequence[Norm], Half, Half], jax.Array]]] = {}
@@ -36,38 +39,38 @@ def _residual(name: str, norms: int) -> Callable[[Callable[..., jax.Array]], Cal
 
 @_residual("pre", 2)
 def _pre(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    x = x + attend(n[0](x))
-    return x + mlp(n[1](x))
+    x = attend(x, n[0], x)
+    return mlp(x, n[1], x)
 
 
 @_residual("post", 2)
 def _post(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    x = n[0](x + attend(x))
-    return n[1](x + mlp(x))
+    x = n[0](attend(x, None, x))
+    return n[1](mlp(x, None, x))
 
 
 @_residual("normed", 2)
 def _normed(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
     x = n[0](x)
-    x = n[1](x + attend(x))
-    return x + mlp(x)
+    x = n[1](attend(x, None, x))
+    return mlp(x, None, x)
 
 
 @_residual("parallel", 1)
 def _parallel(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    h = n[0](x)
-    return x + attend(h) + mlp(h)
+    # XLA computes a norm that is written twice once; a kernel computes it with each product.
+    return mlp(x, n[0], attend(x, n[0], x))
 
 
 @_residual("parallel_two_norms", 2)
 def _parallel_two_norms(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    return x + attend(n[0](x)) + mlp(n[1](x))
+    return mlp(x, n[1], attend(x, n[0], x))
 
 
 @_residual("sandwich", 4)
 def _sandwich(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    x = x + n[2](attend(n[0](x)))
-    return x + n[3](mlp(n[1](x)))
+    x = x + n[2](attend(x, n[0], None))
+    return x + n[3](mlp(x, n[1], None))
 
 
 class Layer(nnx.Module):
@@ -86,8 +89,8 @@ class Layer(nnx.Module):
         """Run the layer."""
         written: list[LayerCache | None] = []
 
-        def attend(h: jax.Array) -> jax.Array:
-            y, new = self.attention(h, batch, cache)
+        def attend(h: jax.Array, norm: Norm | None, residual: jax.Array | None) -> jax.Array:
+            y, new = self.attention(h, batch, cache, norm, residual)
             written.append(new)
             return y
 

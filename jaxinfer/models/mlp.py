@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.models.parameter import array, matmul, parameter, weight
+import pallas_kernels as ops
+from jaxinfer.models.norm import Norm
+from jaxinfer.models.parameter import array, parameter, weight
 from jaxinfer.models.spec import ModelSpec
 from jaxinfer.quantization import quantization
-from sharding import psum
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": lambda x: jnp.maximum(x, 0),
-    "silu": jax.nn.silu,
-}
+from sharding import linear_psum
 
 
 class Mlp(nnx.Module):
@@ -35,7 +27,7 @@ class Mlp(nnx.Module):
             ConfigError: int4, and no group divides the inputs of one device.
         """
         self.gated = spec.gated_mlp
-        self.activation = ACTIVATIONS[spec.activation]
+        self.activation = spec.activation
         lead, lead_axes = ((2,), (None,)) if spec.gated_mlp else ((), ())
         up = down = None
         if quantize is not None:
@@ -49,13 +41,23 @@ class Mlp(nnx.Module):
             self.up_bias = parameter((*lead, spec.intermediate), (*lead_axes, "mlp"), dtype)
             self.down_bias = parameter((spec.hidden,), ("hidden",), dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Transform [B, T, H] to [B, T, H], summed over the ``tensor`` axis."""
+    def __call__(self, x: jax.Array, norm: Norm | None = None, residual: jax.Array | None = None) -> jax.Array:
+        """Transform [B, T, H] to [B, T, H], summed over the ``tensor`` axis.
+
+        Args:
+            x: hidden states.
+            norm: of ``x``, before all else.
+            residual: [B, T, H], added to the result.
+        """
         with jax.named_scope("mlp"):
-            h = matmul(x, self.up[...], array(self.up_scale))
-            if self.biased:
-                h = h + self.up_bias[...]
-            h = h.astype(jnp.float32)
-            h = self.activation(h[..., 0, :]) * h[..., 1, :] if self.gated else self.activation(h)
-            y = psum(matmul(h.astype(x.dtype), self.down[...], array(self.down_scale)), "tensor")
-            return y + self.down_bias[...] if self.biased else y
+            h = ops.linear(
+                x, self.up[...], array(self.up_scale),
+                norm=None if norm is None else norm.of_input(),
+                bias=self.up_bias[...] if self.biased else None,
+                activation=self.activation,
+                gated=self.gated,
+            )  # fmt: skip
+            return linear_psum(
+                h, self.down[...], array(self.down_scale),
+                axis="tensor", bias=self.down_bias[...] if self.biased else None, residual=residual,
+            )  # fmt: skip

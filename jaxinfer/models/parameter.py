@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.quantization import Quantization, bits
-from pallas_kernels import einsum_f32
 
 Axes = tuple[str | None, ...]
 
@@ -77,26 +76,9 @@ def array(declared: nnx.Param[jax.Array] | None) -> jax.Array | None:
     return None if declared is None else declared[...]
 
 
-def matmul(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """Multiply ``x`` [..., K] with a weight stored as [out..., K], giving [..., out...] in the dtype of ``x``.
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply ``x`` [..., in] with a weight stored as [out..., in], giving [..., out...] in the dtype of ``x``.
 
-    The weight is used as the file stores it, with its rows contiguous along ``K``.
-
-    Args:
-        x: activations.
-        weight: of the dtype of ``x``, or quantized; gate and up together are [2, F, K].
-        scale: a quantized weight's factors, float32: [out...], or of int4 [K / g, out...], [2, K / g, F].
+    The weight is used as the file stores it, with its rows contiguous along ``in``.
     """
-    if scale is None:
-        return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
-    if scale.ndim < weight.ndim:
-        outputs = weight.reshape(-1, weight.shape[-1]).astype(x.dtype)
-        y = einsum_f32("...k,nk->...n", x, outputs).reshape(*x.shape[:-1], *weight.shape[:-1]) * scale
-        return y.astype(x.dtype)
-    if weight.ndim == 3:
-        scale = jnp.moveaxis(scale, 0, 1)  # groups first
-    groups = scale.shape[0]
-    outputs = weight.astype(x.dtype).reshape(-1, groups, weight.shape[-1] // groups)
-    y = einsum_f32("...gk,ngk->...gn", x.reshape(*x.shape[:-1], groups, -1), outputs)
-    y = jnp.sum(y * scale.reshape(groups, -1), axis=-2)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[:-1])
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxinfer
 from jaxinfer.errors import CapacityError, ConfigError
-from jaxinfer.hardware import Hardware
+from jaxinfer.hardware import Hardware, named
 from jaxinfer.models.families import load_spec
 from jaxinfer.plan import USABLE, make_plan, size
 from sharding import MeshError, ShardingRules
@@ -44,9 +44,9 @@ def spec(folder):
 
 @pytest.mark.parametrize("name", [LLAMA, "gpt2-plain", "llama-multi-query"])
 @pytest.mark.parametrize("mesh", [{"tensor": 1}, {"data": 2, "tensor": 4}], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_bytes_are_the_allocated_ones(root, name, mesh, dtype):
-    with tiny(root, name, mesh=mesh, dtype=dtype) as engine:
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
+def test_planned_bytes_are_the_allocated_ones(root, name, mesh, dtype, kv_dtype):
+    with tiny(root, name, mesh=mesh, dtype=dtype, kv_dtype=kv_dtype) as engine:
         plan = engine.plan
         for arrays, planned in (
             (engine.executor._leaves, plan.weight_bytes_per_device),
@@ -159,6 +159,33 @@ def test_bounds_are_bytes_and_operations_at_the_devices_rates(spec):
     assert plan.prefill_flops(1, 70) == products + attention
     assert plan.prefill_milliseconds(1, 70) == pytest.approx(1e3 * (products + attention) / 3e9)
     assert plan.prefill_milliseconds(1, 1) == pytest.approx(1e3 * weights / 2e9)  # a read of the weights bounds it
+
+
+def test_a_cache_of_8_bits_holds_more_tokens(spec):
+    kinds = {
+        kind: make_plan(spec, {}, "bfloat16", UNKNOWN, kv_blocks=7, kv_dtype=kind) for kind in ("auto", "int8", "fp8")
+    }
+    # Two layers, keys and values of two heads: 12 entries of each token, and a float32 factor.
+    rows = 2 * 2 * 2 * 64
+    assert {kind: plan.block_bytes_per_device for kind, plan in kinds.items()} == {
+        "auto": rows * 24, "int8": rows * 16, "fp8": rows * 16,
+    }  # fmt: skip
+    assert [plan.to_dict()["kv_dtype"] for plan in kinds.values()] == ["bfloat16", "int8", "float8_e4m3fn"]
+    assert "tokens a shard, float8_e4m3fn" in str(kinds["fp8"])
+    with pytest.raises(ConfigError, match="kv_dtype: expected one of auto, int8, fp8, got 'int2'"):
+        make_plan(spec, {}, "bfloat16", UNKNOWN, kv_dtype="int2")
+
+
+def test_a_plan_says_what_serves_the_model_there(spec):
+    def served(kind, dtype, **options):
+        plan = make_plan(spec, {}, dtype, named(kind), **options)
+        assert all(str(choice) in str(plan) for choice in plan.implementations)
+        said = plan.to_dict()["implementations"]
+        return {choice["op"]: choice["implementation"] for choice in said}["products of up to 64 rows"]
+
+    spec = spec.replace(hidden=64, head_dim=16, intermediate=128)
+    assert served("H200", "bfloat16") == "mosaic"
+    assert served("H200", "float32") == served("L40S", "bfloat16") == "dot"
 
 
 def test_a_plan_shows_itself(spec):
