@@ -64,6 +64,9 @@ class LoadOptions:
     kv_blocks: Annotated[
         int | None, Option(help="Blocks of 64 cached tokens on each data shard. Default: all that fit.")
     ] = None
+    load_format: Annotated[
+        str, Option(help="dummy: random parameters in place of the weights, which need not be there.")
+    ] = "auto"
 
     def sizes(self) -> dict[str, int] | None:
         """The mesh's axis sizes, or None.
@@ -82,9 +85,10 @@ class LoadOptions:
         return sizes
 
     def given(self) -> dict[str, Any]:
-        """The sizes and the quantization that were given, as arguments of ``init_inference`` and ``plan``."""
+        """What was given, as arguments of ``init_inference`` and ``plan``."""
         names = ("quantize", "kv_dtype", "max_batch", "max_model_len", "kv_blocks")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return given if self.load_format == "auto" else given | {"load_format": self.load_format}
 
     def plan(self, **changes: Any) -> Plan:
         """Plan without loading; ``changes`` are further arguments of :func:`jaxinfer.plan`."""

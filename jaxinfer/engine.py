@@ -45,6 +45,7 @@ def init_inference(
     prefill_chunk: int = 512,
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
+    load_format: str = "auto",
     seed: int = 0,
     progress: bool | None = None,
 ) -> InferenceEngine:
@@ -68,7 +69,9 @@ def init_inference(
         prefill_chunk: most prompt tokens of one sequence in a prefill step.
         prefill_tokens: most prompt tokens of one data shard in a prefill step.
         rules: which mesh axis each logical axis lies on.
-        seed: what requests that bring no seed of their own derive theirs from.
+        load_format: ``auto``; or ``dummy``, which draws random parameters on the devices and reads the configuration
+            alone, so that no weights need be there: for measuring, and for trying a plan.
+        seed: what requests that bring no seed of their own derive theirs from, and ``dummy`` its parameters.
         progress: show progress bars; None shows them in a terminal or notebook.
 
     Raises:
@@ -78,7 +81,7 @@ def init_inference(
         CapacityError: the devices' memory does not hold the model and a cache.
     """
     show = _shown(progress)
-    with Pretrained(model) as pretrained:
+    with Pretrained(model, load_format) as pretrained:
         # Everything that can be wrong is found before a device holds anything.
         devices = make_mesh(mesh, pretrained.limits)
         plan = make_plan(
@@ -105,7 +108,7 @@ def init_inference(
             path: Target(info.shape, info.dtype, placements[path], info.quantization)
             for path, info in plan.parameters.items()
         }
-        leaves = pretrained.load(plan.layout, targets, progress=show)
+        leaves = pretrained.load(plan.layout, targets, progress=show, seed=seed)
     return InferenceEngine(
         plan,
         devices,

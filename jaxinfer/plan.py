@@ -460,6 +460,7 @@ def plan(
     prefill_tokens: int = 2048,
     rules: ShardingRules | None = None,
     quantize: str | None = None,
+    load_format: str = "auto",
     kv_dtype: str = "auto",
 ) -> Plan:
     """Say where every byte of a model would live and what that bounds, without loading it.
@@ -471,14 +472,14 @@ def plan(
         model, mesh, dtype: as in :func:`jaxinfer.init_inference`.
         device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
-        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, kv_dtype: as
-            in :func:`jaxinfer.init_inference`.
+        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, load_format,
+            kv_dtype: as in :func:`jaxinfer.init_inference`.
 
     Raises:
         ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
             device that is not known.
     """
-    with Pretrained(model) as pretrained:
+    with Pretrained(model, load_format) as pretrained:
         if device is None:
             devices = make_mesh(mesh, pretrained.limits)
             sizes, of = dict(devices.shape), machine.of(devices.devices.flat[0])

@@ -16,6 +16,7 @@ from jaxinfer.checkpoints import (
     Store,
     Target,
     check,
+    dummy,
     is_store,
     load,
     load_quantized,
@@ -37,6 +38,7 @@ from jaxinfer.quantization import check_method, wire_dtype, wire_shape
 from sharding import TensorLimits
 
 DTYPES = ("float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
@@ -47,24 +49,31 @@ class Pretrained:
 
     Args:
         model: a folder as transformers writes it, a store, a Hugging Face hub id, or ``"demo"`` for the bundled model.
+        load_format: ``auto``, or ``dummy`` for random parameters in place of the weights, which need not be there.
 
     Attributes:
         name: what the caller called it.
         folder: where it lies.
         config: transformers' configuration.
         spec: the architecture.
-        checkpoint: the weights.
+        checkpoint: the weights; None for ``dummy``.
 
     Raises:
-        ConfigError: the configuration is malformed, or asks for something that is not implemented.
+        ConfigError: the configuration is malformed, or asks for something that is not implemented; or ``load_format``
+            is unknown.
         CheckpointError: files are missing, damaged or unsafe.
     """
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, load_format: str = "auto") -> None:
+        if load_format not in LOAD_FORMATS:
+            raise ConfigError(f"load_format: expected one of {', '.join(LOAD_FORMATS)}, got {load_format!r}")
         self.name = str(model)
-        self.folder = resolve(model)
-        self.checkpoint: Checkpoint | Store
-        if is_store(self.folder):
+        self.folder = resolve(model, weights=load_format != "dummy")
+        self.checkpoint: Checkpoint | Store | None = None
+        if load_format == "dummy":
+            self.config = read_config(self.folder)
+            self.spec = spec_of(self.config)
+        elif is_store(self.folder):
             # First, since it holds the digests of the configuration and the tokenizer.
             self.checkpoint = Store(self.folder)
             self.config = read_config(self.folder)
@@ -125,6 +134,8 @@ class Pretrained:
         Raises:
             CheckpointError: tensors are missing, unexpected, mis-shaped or mis-typed.
         """
+        if self.checkpoint is None:
+            return
         if not isinstance(self.checkpoint, Store):
             self.sources(layout)
             return
@@ -138,13 +149,17 @@ class Pretrained:
         dtypes |= {path: np.dtype(np.float32) for path, info in listed.items() if info.factors}
         self.checkpoint.check(shapes, dtypes)
 
-    def load(self, layout: Layout, targets: Mapping[str, Target], *, progress: bool) -> dict[str, jax.Array]:
-        """Read the parameters of a layout onto their devices.
+    def load(
+        self, layout: Layout, targets: Mapping[str, Target], *, progress: bool, seed: int = 0
+    ) -> dict[str, jax.Array]:
+        """Read the parameters of a layout onto their devices; ``dummy`` draws them there, from ``seed``.
 
         Raises:
             CheckpointError: as :meth:`check`; also files that cannot be read, or are damaged, and weights that are not
                 finite where they are to be quantized.
         """
+        if self.checkpoint is None:
+            return dummy(targets, seed)
         if isinstance(self.checkpoint, Store):
             self.check(layout)
             moved = {path: self._moves(path, target, layout) for path, target in targets.items()}
@@ -162,6 +177,7 @@ class Pretrained:
         return {path: found[path] for path in targets}
 
     def _moves(self, path: str, target: Target, layout: Layout) -> tuple[Move, ...]:
+        assert isinstance(self.checkpoint, Store)
         shape = self.checkpoint.tensors[path].shape
         if self.quantize == "int4" and path.endswith("_scale"):
             return scale_moves(path, shape, target.shape, self.spec, layout)
@@ -211,7 +227,8 @@ class Pretrained:
 
     def close(self) -> None:
         """Close the files. Closing twice is harmless."""
-        self.checkpoint.close()
+        if self.checkpoint is not None:
+            self.checkpoint.close()
 
     def __enter__(self) -> Self:
         return self
