@@ -43,7 +43,8 @@ def prefill_config(
       more than a tile for each SM and it has few keys: 50 us against 60 (1 x 512 tokens).
     - One program for each SM, 550 TFLOP/s against 432 with one for each tile, 631 against 622 (1 x 8192). But one for
       each tile where chunks may start late, 515 against 409 (512 tokens at 1536). That was with lists made for chunks
-      that start at 0; they are made for a start halfway since (:func:`pallas_kernels.prefill_kernel.tile_steps`), and not measured again.
+      that start at 0; they are made for a start halfway since, see :func:`pallas_kernels.prefill_kernel.tile_steps`,
+      and not measured again.
     - Turns, 550 TFLOP/s against 481; but none for heads of 256, 538 against 528.
 
     Not measured: 64 keys where a cap, a bias or an output of 256 columns takes the registers; as many stages, up to 4,
