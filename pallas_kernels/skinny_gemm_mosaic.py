@@ -192,7 +192,7 @@ def run(
                     factor = factor + 1.0
                 factor = lax.broadcast_in_dim(factor, (tile_k, tokens), (0,))
                 value = value * factor
-            token = plgpu.broadcasted_iota(jnp.int32, (tile_k, tokens), 1, layout=TRANSPOSED)
+            token = _token_of((tile_k, tokens))
             if layer:
                 value = jnp.where(token == m, 1.0 if factor is None else factor, value)
             if shift is not None:
@@ -369,6 +369,15 @@ def run(
     return epilogue(found, columns, activation, residual).astype(dtype)
 
 
+def _token_of(shape: tuple[int, ...]) -> jax.Array:
+    """The token of each entry of an array [rows, tokens].
+
+    By way of a vector: Mosaic GPU numbers the entries that a thread holds together along the last axis, in a matrix
+    whose layout is transposed too, where they lie along the first one (``FragmentedArray.foreach``, JAX 0.11.2).
+    """
+    return lax.broadcast_in_dim(lax.broadcasted_iota(jnp.int32, shape[1:], 0), shape, (1,))
+
+
 def _normed_product(
     parts: list[jax.Array], totals: list[jax.Array], norm: InputNorm, m: int, k: int
 ) -> list[jax.Array]:
@@ -384,7 +393,7 @@ def _normed_product(
     if mean is not None:
         square = jnp.maximum(square - mean * mean, 0.0)
     size = lax.broadcast_in_dim(lax.rsqrt(square + norm.eps), shape, (1,))
-    token = lax.broadcasted_iota(jnp.int32, shape, 1)
+    token = _token_of(shape)
 
     def column(part: jax.Array, at: int) -> jax.Array:
         return lax.broadcast_in_dim(jnp.sum(jnp.where(token == at, part, 0.0), axis=1), shape, (0,))
