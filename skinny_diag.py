@@ -58,12 +58,13 @@ def small(name, body, wanted, out):
 
 
 def iota_matrix(o):
-    o[...] = plgpu.broadcasted_iota(jnp.int32, (64, 8), 1, layout=TRANSPOSED)
+    v = plgpu.broadcasted_iota(jnp.int32, (64, 8), 1, layout=TRANSPOSED)
+    o[...] = plgpu.layout_cast(v, ACC)
 
 
 def iota_vector(o):
     v = jax.lax.broadcast_in_dim(jax.lax.broadcasted_iota(jnp.int32, (8,), 0), (64, 8), (1,))
-    o[...] = plgpu.layout_cast(v, TRANSPOSED)
+    o[...] = plgpu.layout_cast(plgpu.layout_cast(v, TRANSPOSED), ACC)
 
 
 tokens = np.broadcast_to(np.arange(8, dtype=np.int32), (64, 8))
