@@ -34,6 +34,9 @@ MAX_ROWS = 64
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
+QUANTIZED = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
+"""Dtypes of a weight that comes with factors."""
+
 SMEM_PER_SM = 227 * 1024
 """Shared memory that blocks of an SM of Hopper share; each block also takes 1 KiB for the system."""
 
@@ -186,8 +189,8 @@ def skinny_gemm(
         bias: [N], or [2, N] for a gated weight.
         activation: of the product, or of the gate.
         residual: [M, N], added last.
-        weight_scale: for a weight of int8, [N] or [2, N]: each channel's factor, applied to its sum. For int4,
-            [K / g, N] or [2, K / g, N]: the factor of each group of ``g`` inputs of a channel, g 64 or 128.
+        weight_scale: for a weight of int8 or float8_e4m3fn, [N] or [2, N]: each channel's factor, applied to its sum.
+            For int4, [K / g, N] or [2, K / g, N]: the factor of each group of ``g`` inputs of a channel, g 64 or 128.
         implementation: ``mosaic`` is the Hopper kernel for 1 to 64 rows; ``reference`` is ``jax.numpy``. None is the
             reference, until the kernel has been measured.
         tuning: how the kernel divides the work; None asks :func:`tuning_for`.
@@ -306,14 +309,16 @@ def _check(
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"skinny_gemm: {name} must be {shape}, got {array.shape}")
-    if (weight.dtype in (jnp.int8, jnp.int4)) != (weight_scale is not None):
+    if (weight.dtype in QUANTIZED) != (weight_scale is not None):
         given = "none" if weight_scale is None else "one"
         raise ValueError(
-            f"skinny_gemm: a weight_scale goes with a weight of int8 or int4; {given} with one of {weight.dtype}"
+            "skinny_gemm: a weight_scale goes with a weight of int8, int4 or float8_e4m3fn; "
+            f"{given} with one of {weight.dtype}"
         )
     if weight_scale is not None:
         *halves, n = weight.shape[:-1]
-        shapes = [(*halves, n)] if weight.dtype == jnp.int8 else [(*halves, k // g, n) for g in (64, 128) if k % g == 0]
+        groups = [(*halves, k // g, n) for g in (64, 128) if k % g == 0]
+        shapes = groups if weight.dtype == jnp.int4 else [(*halves, n)]
         if weight_scale.shape not in shapes:
             wanted = " or ".join(map(str, shapes)) or "of groups of 64 or 128, which do not divide K"
             raise ValueError(f"skinny_gemm: weight_scale must be {wanted}, got {weight_scale.shape}")
@@ -323,9 +328,9 @@ def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
     """Whether the kernel can run the operands."""
     runs = (
         f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16 (32 for int8), N of 8, x of bfloat16 or float16, "
-        "and a weight of the same dtype, int8 or int4"
+        "and a weight of the same dtype, int8, int4 or float8_e4m3fn"
     )
-    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, jnp.int8, jnp.int4):
+    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, *QUANTIZED):
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype}: {runs}"
         )

@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.skinny_gemm import Activation, InputNorm, Tuning, epilogue, padded_rows
+from pallas_kernels.skinny_gemm import QUANTIZED, Activation, InputNorm, Tuning, epilogue, padded_rows
 
 ACC = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -48,7 +48,7 @@ def run(
     scale = None if norm is None else norm.scale
     shift = None if norm is None else norm.bias
     grouped = weight_scale is not None and weight_scale.ndim == 3
-    quantized = weight.dtype in (jnp.int8, jnp.int4)
+    quantized = weight.dtype in QUANTIZED
     in_memory = splits > 1 and tuning.reduce == "memory"
     in_cluster = splits > 1 and not in_memory
     finish = not in_memory
@@ -192,13 +192,12 @@ def run(
                     factor = factor + 1.0
                 factor = lax.broadcast_in_dim(factor, (tile_k, tokens), (0,))
                 value = value * factor
-            token = _token_of((tile_k, tokens))
             if layer:
-                value = jnp.where(token == m, 1.0 if factor is None else factor, value)
+                value = jnp.where(_token_of((tile_k, tokens)) == m, 1.0 if factor is None else factor, value)
             if shift is not None:
                 bias_ = plgpu.load(smem["shift_smem"].at[slot], layout=TRANSPOSED.reduce(1), optimized=False)
                 bias_ = lax.broadcast_in_dim(bias_.astype(jnp.float32), (tile_k, tokens), (0,))
-                value = jnp.where(token == m + layer, bias_, value)
+                value = jnp.where(_token_of((tile_k, tokens)) == m + layer, bias_, value)
             tile[...] = value.astype(dtype)
             plgpu.commit_smem()
             return square, *mean
@@ -208,8 +207,13 @@ def run(
             tile = smem["weight_smem"].at[slot, part]
             if not quantized:
                 return tile
-            layout = plgpu.Layout.WGMMA_UPCAST_2X if weight.dtype == jnp.int8 else plgpu.Layout.WGMMA_UPCAST_4X
-            return plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC).astype(dtype)
+            layout = plgpu.Layout.WGMMA_UPCAST_4X if weight.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
+            value = plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC)
+            if weight.dtype == jnp.float8_e4m3fn:
+                # Hopper widens e4m3 to float16 only; by float32, each value is kept on its way to bfloat16.
+                value = value.astype(jnp.float16)
+                value = value if dtype == jnp.float16 else value.astype(jnp.float32)
+            return value.astype(dtype)
 
         accumulator = plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)
 
@@ -373,7 +377,8 @@ def _token_of(shape: tuple[int, ...]) -> jax.Array:
     """The token of each entry of an array [rows, tokens].
 
     By way of a vector: Mosaic GPU numbers the entries that a thread holds together along the last axis, in a matrix
-    whose layout is transposed too, where they lie along the first one (``FragmentedArray.foreach``, JAX 0.11.2).
+    whose layout is transposed too, where they lie along the first one (``FragmentedArray.foreach``, JAX 0.11.2). To be
+    called where the result is used: a layout that nothing asks for sends the inference of layouts on a long search.
     """
     return lax.broadcast_in_dim(lax.broadcasted_iota(jnp.int32, shape[1:], 0), shape, (1,))
 
@@ -393,10 +398,9 @@ def _normed_product(
     if mean is not None:
         square = jnp.maximum(square - mean * mean, 0.0)
     size = lax.broadcast_in_dim(lax.rsqrt(square + norm.eps), shape, (1,))
-    token = _token_of(shape)
 
     def column(part: jax.Array, at: int) -> jax.Array:
-        return lax.broadcast_in_dim(jnp.sum(jnp.where(token == at, part, 0.0), axis=1), shape, (0,))
+        return lax.broadcast_in_dim(jnp.sum(jnp.where(_token_of(shape) == at, part, 0.0), axis=1), shape, (0,))
 
     found = []
     for part in parts:

@@ -41,6 +41,8 @@ INTERPRETED = {
              "activation": "silu", "tuning": {"tile_k": 64, "stages": 2}},
     "int8 split": {"m": 4, "n": 64, "k": 256, "norm": "rms", "int8": True, "residual": True,
                    "tuning": {"tile_k": 64, "stages": 2, "splits": 2}},
+    "fp8": {"m": 4, "n": 72, "k": 160, "norm": "rms", "gated": True, "bias": True, "fp8": True,
+            "activation": "silu", "tuning": {"tile_k": 64, "stages": 2}},
     "int4": {"m": 4, "n": 72, "k": 192, "norm": "layer", "shift": True, "gated": True, "bias": True, "int4": 64,
              "activation": "silu", "tuning": {"tile_k": 64, "stages": 2}},
     "int4 split": {"m": 1, "n": 64, "k": 256, "norm": "rms", "int4": 64, "residual": True,
@@ -50,7 +52,7 @@ INTERPRETED = {
 
 
 def interpret(m, n, k, *, tuning, gated=False, norm=None, scale=True, shift=False, unit_offset=False, bias=False,
-              activation=None, residual=False, int8=False, int4=0, dtype="bfloat16"):  # fmt: skip
+              activation=None, residual=False, int8=False, fp8=False, int4=0, dtype="bfloat16"):  # fmt: skip
     """The largest error of the interpreted kernel, in units of the largest result."""
     rng = np.random.default_rng(m * n + k)
     dtype = jnp.dtype(dtype)
@@ -60,6 +62,9 @@ def interpret(m, n, k, *, tuning, gated=False, norm=None, scale=True, shift=Fals
     if int8:
         weight = jnp.asarray(rng.integers(-127, 128, weight.shape), jnp.int8)
         rest["weight_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, weight.shape[:-1]) / 1000, jnp.float32)
+    if fp8:
+        weight = (448 * jnp.asarray(rng.uniform(-1, 1, weight.shape), jnp.float32)).astype(jnp.float8_e4m3fn)
+        rest["weight_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, weight.shape[:-1]) / 3000, jnp.float32)
     if int4:
         weight = jnp.asarray(rng.integers(-8, 8, weight.shape), jnp.int4)
         scales = (*weight.shape[:-2], k // int4, n)
