@@ -17,6 +17,7 @@ reference is what runs unless the kernel is asked for by name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,11 +71,12 @@ class Tuning:
     Attributes:
         rows: output channels of a block, of each half of a gated weight; a multiple of 64.
         tile_k: inputs of a tile; a multiple of 64.
-        stages: tiles in the ring.
+        stages: tiles in the ring, a multiple of ``consumers``, so that a place in it is always read by the same one.
         splits: parts of K, one a block; at most 8.
+        consumers: warpgroups of a block that multiply, each every ``consumers``-th tile.
         reduce: ``cluster`` adds the parts up inside the kernel; ``memory`` writes them out in float32 and leaves the
             sum and the epilogue to XLA, which is what interpret mode can run.
-        fuse_norm: normalise inside the kernel, or else before it.
+        fuse_norm: normalise inside the kernel, where x then lies in shared memory as a whole, or else before it.
         overlap: start to fetch the weight while the previous kernel still runs. The weight must not be written by that
             kernel; parameters of the jitted function never are.
     """
@@ -83,6 +85,7 @@ class Tuning:
     tile_k: int = 128
     stages: int = 5
     splits: int = 1
+    consumers: int = 2
     reduce: Literal["cluster", "memory"] = "cluster"
     fuse_norm: bool = True
     overlap: bool = True
@@ -223,40 +226,34 @@ def skinny_gemm(
         tuning = dataclasses.replace(tuning, tile_k=group or tuning.tile_k)
     if group and tuning.tile_k != group:
         raise ValueError(f"skinny_gemm: tile_k must be the group, {group}: {tuning}")
-    # Inside the kernel, x is multiplied by the norm's scale before it is divided by its size. In float16 that may
-    # overflow where the normalised value would not.
-    if norm is not None and (x.dtype == jnp.float16 or not tuning.fuse_norm):
+    if norm is not None and not tuning.fuse_norm:
         x, norm = normalise(x, norm), None
     if interpret:
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
         tuning, weight = dataclasses.replace(tuning, overlap=False, reduce="memory"), weight.astype(x.dtype)
-    _check_tuning(tuning, x.shape[0], x.shape[1], gated, norm, size)
+    _check_tuning(tuning, *x.shape, gated, norm, size)
     return skinny_gemm_mosaic.run(x, weight, norm=norm, **rest, tuning=tuning, interpret=interpret)
 
 
 def tuning_for(
     rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> Tuning:
-    """Choose how the kernel divides a product: enough blocks to keep the memory busy, two on an SM.
-
-    Not measured yet. The figures are derived: two blocks on an SM, each with 64 KiB or more under way, is more than
-    twice what Little's law asks (4.3 TB/s at 0.7 us over 132 SMs are 23 KiB), so blocks need not come in full waves,
-    and a block of the next kernel finds room to start fetching.
-    """
+    """Choose how the kernel divides a product: enough blocks to keep the memory busy, two on an SM."""
     many = rows > 32
-    parts, room = 1 + gated, (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
+    room = (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
     # With many rows, more channels a block, so that x is fetched less often; else fewer, so that there are more blocks.
-    channels = 64 if gated or (many and weight_bytes < 1) or (not many and n <= 160 * 64) else 128
+    channels = 128 if many and not gated and weight_bytes == 2 else 64
     blocks, slots = -(-n // channels), 132 if many else 264
-    tile_k = (64 if channels * parts > 64 else 128) * (2 if weight_bytes < 2 else 1)
+    tile_k = 64 if gated and weight_bytes == 2 else 128
     splits = 1
     while splits < 4 and blocks * splits * 2 <= slots and k // (splits * 2) >= 4 * tile_k:
         splits *= 2
-    # With groups and many rows, registers hold two sums and a tile of the weight: the norm's sums would spill.
-    fuse_norm = not (many and weight_bytes < 1)
-    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8, fuse_norm=fuse_norm)
-    while tuning.stages > 2 and shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > room:
-        tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
+    fuse_norm = norm is not None and resident_bytes(rows, k) <= 80 * 1024
+    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=12, fuse_norm=fuse_norm)
+    normed = norm is not None
+    size = functools.partial(shared_bytes, rows=rows, k=k, gated=gated, normed=normed, weight_bytes=weight_bytes)
+    while tuning.stages > 2 and size(tuning) > room:
+        tuning = dataclasses.replace(tuning, stages=tuning.stages - tuning.consumers)
     return tuning
 
 
@@ -265,25 +262,32 @@ def weight_bits(dtype: Any) -> int:
     return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
 
 
-def padded_rows(rows: int, norm: InputNorm | None = None) -> int:
-    """Columns of the wgmma instruction: the rows, and one each for the scale and bias of a fused LayerNorm."""
-    extra = 0 if norm is None else (norm.kind == "layer") + (norm.bias is not None)
-    return -(-(rows + extra) // 8) * 8
+def padded_rows(rows: int) -> int:
+    """Columns of the wgmma instruction."""
+    return -(-rows // 8) * 8
+
+
+def resident_bytes(rows: int, k: int) -> int:
+    """Shared memory that x takes, in bytes, where the kernel normalises it, and the norm's scale and bias."""
+    return padded_rows(rows) * k * 2 + 2 * k * 2
 
 
 def shared_bytes(
-    tuning: Tuning, rows: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: float = 2
+    tuning: Tuning, rows: int, k: int, gated: bool, *, normed: bool = False, weight_bytes: float = 2
 ) -> int:
     """Shared memory of a block with a residual, in bytes; a little more than what the compiler lays out."""
-    tokens, parts = padded_rows(rows, norm), 1 + gated
-    stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes) + tokens * tuning.tile_k * 2
-    if norm is not None:
-        stage += 2 * tuning.tile_k * 4
+    tokens, parts = padded_rows(rows), 1 + gated
+    stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes)
+    whole_k = -(-k // tuning.tile_k) * tuning.tile_k
+    resident = resident_bytes(rows, whole_k) if normed and tuning.fuse_norm else 0
+    if not resident:
+        stage += tokens * tuning.tile_k * 2
     if weight_bytes < 1:
         stage += parts * tuning.rows * 4
-    exchange = parts * tuning.rows * tokens * 4 if tuning.splits > 1 else 0
+    exchange = parts * tuning.rows * tokens * 4 * max(tuning.consumers - 1, tuning.splits > 1)
     # The output and the residual; bias, scales, barriers, scratch of reductions, and alignment.
-    return tuning.stages * stage + exchange + 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 6 * 1024
+    rest = 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 6 * 1024
+    return resident + tuning.stages * stage + exchange + rest
 
 
 def _check(
@@ -346,7 +350,10 @@ def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNor
     """Whether the tuning makes sense for the operands."""
     if tuning.rows % 64 or tuning.tile_k % 64 or min(tuning.rows, tuning.tile_k, tuning.stages) < 1:
         raise ValueError(f"skinny_gemm: rows and tile_k must be multiples of 64, stages at least 1: {tuning}")
-    if not 1 <= tuning.splits <= min(8, -(-k // tuning.tile_k)):
+    tiles = -(-k // tuning.tile_k)
+    if not 1 <= tuning.splits <= min(8, tiles):
         raise ValueError(f"skinny_gemm: splits must be 1 to 8, and at most one for each tile of K={k}: {tuning}")
-    if shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
+    if not 1 <= tuning.consumers <= 3 or tuning.stages % tuning.consumers:
+        raise ValueError(f"skinny_gemm: consumers must be 1 to 3, and stages a multiple of them: {tuning}")
+    if shared_bytes(tuning, rows, k, gated, normed=norm is not None, weight_bytes=weight_bytes) > SMEM_PER_SM:
         raise ValueError(f"skinny_gemm: more shared memory than an SM has, for {rows} rows: {tuning}")

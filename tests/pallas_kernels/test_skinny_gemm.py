@@ -55,7 +55,7 @@ def test_operands_that_do_not_fit_are_refused():
 
 def test_a_scale_goes_with_a_quantized_weight():
     x, weight, scale = jnp.zeros((2, 128)), jnp.zeros((32, 128)), jnp.ones(32)
-    refused(x, weight.astype(jnp.int8), "goes with a weight of int8 or int4; none with one of int8")
+    refused(x, weight.astype(jnp.int8), "goes with a weight of int8, int4 or float8_e4m3fn; none with one of int8")
     refused(x, weight, "one with one of float32", weight_scale=scale)
     refused(x, weight.astype(jnp.int8), r"weight_scale must be \(32,\), got \(31,\)", weight_scale=scale[:31])
     int4 = weight.astype(jnp.int4)

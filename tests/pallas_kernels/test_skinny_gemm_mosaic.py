@@ -21,11 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # the middle of one, splits that get different numbers of tiles, rings longer and shorter than the loop.
 INTERPRETED = {
     "plain": {"m": 8, "n": 64, "k": 256, "tuning": {"tile_k": 64, "stages": 2}},
+    "one consumer": {"m": 8, "n": 64, "k": 320, "tuning": {"tile_k": 64, "stages": 2, "consumers": 1}},
+    "three consumers": {"m": 8, "n": 64, "k": 528, "norm": "layer", "shift": True, "residual": True,
+                        "tuning": {"tile_k": 64, "stages": 6, "consumers": 3}},
     "ragged": {"m": 3, "n": 72, "k": 144, "tuning": {"tile_k": 64, "stages": 4}, "bias": True, "residual": True},
     "narrow": {"m": 1, "n": 56, "k": 32, "tuning": {"stages": 2}, "bias": True, "residual": True, "activation": "relu"},
     "rms": {"m": 5, "n": 64, "k": 192, "norm": "rms", "tuning": {"tile_k": 64, "stages": 2}},
-    "offset": {"m": 11, "n": 64, "k": 192, "norm": "rms", "unit_offset": True, "tuning": {"tile_k": 64, "stages": 3}},
-    "bare layer": {"m": 2, "n": 64, "k": 192, "norm": "layer", "scale": False, "tuning": {"tile_k": 64, "stages": 3}},
+    "offset": {"m": 11, "n": 64, "k": 192, "norm": "rms", "unit_offset": True, "tuning": {"tile_k": 64, "stages": 4}},
+    "bare layer": {"m": 2, "n": 64, "k": 192, "norm": "layer", "scale": False, "tuning": {"tile_k": 64, "stages": 4}},
     "layer": {"m": 8, "n": 128, "k": 208, "norm": "layer", "shift": True, "bias": True, "activation": "gelu_tanh",
               "tuning": {"rows": 128, "tile_k": 64, "stages": 2}},
     "gated": {"m": 16, "n": 72, "k": 192, "norm": "rms", "gated": True, "activation": "silu",
