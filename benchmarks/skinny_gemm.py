@@ -43,6 +43,7 @@ from pallas_kernels.skinny_gemm import (
     shared_bytes,
     skinny_gemm,
     tuning_for,
+    weight_bits,
 )
 
 BF16 = jnp.bfloat16
@@ -60,7 +61,12 @@ class Shape:
     gated: bool = False
     normed: bool = False
     residual: bool = False
-    bits: int = 16
+    dtype: Any = BF16
+
+    @property
+    def bits(self) -> int:
+        """Bits of an entry of the weight."""
+        return weight_bits(self.dtype)
 
     @property
     def norm(self) -> InputNorm | None:
@@ -79,17 +85,18 @@ class Shape:
 
     def make(self, key: jax.Array) -> jax.Array:
         """Make a weight that keeps the size of x."""
-        if self.bits < 16:
+        if self.dtype in (jnp.int8, jnp.int4):
             limit = 2 ** (self.bits - 1)
-            made = jax.random.randint(key, self.weight, 1 - limit, limit, jnp.int8)
-            return made.astype(jnp.int4) if self.bits == 4 else made
-        return jax.random.normal(key, self.weight, BF16) * BF16(self.k**-0.5)
+            return jax.random.randint(key, self.weight, 1 - limit, limit, jnp.int8).astype(self.dtype)
+        normal = jax.random.normal(key, self.weight, BF16)
+        return (normal * BF16(self.k**-0.5 if self.dtype == BF16 else 64.0)).astype(self.dtype)
 
     def fit(self, tuning: Tuning, rows: int, room: int) -> Tuning | None:
-        """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if two do not."""
-        size = functools.partial(shared_bytes, rows=rows, gated=self.gated, norm=self.norm, weight_bytes=self.bits / 8)
-        while tuning.stages > 2 and size(tuning) > room:
-            tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
+        """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if not one a consumer does."""
+        kept: dict[str, Any] = {"normed": self.normed, "weight_bytes": self.bits / 8}
+        size = functools.partial(shared_bytes, rows=rows, k=self.k, gated=self.gated, **kept)
+        while tuning.stages > max(2, tuning.consumers) and size(tuning) > room:
+            tuning = dataclasses.replace(tuning, stages=tuning.stages - tuning.consumers)
         return tuning if size(tuning) <= room else None
 
     def chosen(self, rows: int) -> Tuning:
@@ -97,9 +104,9 @@ class Shape:
         tuning = tuning_for(rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=self.bits / 8)
         return dataclasses.replace(tuning, tile_k=GROUP) if self.bits == 4 else tuning
 
-    def quantized(self, bits: int) -> Shape:
+    def quantized(self, dtype: Any) -> Shape:
         """The same with a quantized weight."""
-        return dataclasses.replace(self, name=f"{self.name}, int{bits}", bits=bits)
+        return dataclasses.replace(self, name=f"{self.name}, {jnp.dtype(dtype).name}", dtype=dtype)
 
     def smaller(self) -> Shape:
         """The same, to rehearse with."""
@@ -128,7 +135,8 @@ def operands(shape: Shape, rows: int, key: jax.Array) -> Operands:
     if shape.bits < 16:
         *halves, n, k = shape.weight
         scales = (*halves, n) if shape.bits == 8 else (*halves, k // GROUP, n)
-        made["weight_scale"] = jnp.full(scales, 1 / (0.57 * 2 ** (shape.bits - 1) * k**0.5), jnp.float32)
+        size = 64 if shape.dtype == jnp.float8_e4m3fn else 0.57 * 2 ** (shape.bits - 1)
+        made["weight_scale"] = jnp.full(scales, 1 / (size * k**0.5), jnp.float32)
     return made
 
 
@@ -180,29 +188,26 @@ def copy_bandwidth(nbytes: int) -> float:
 
 
 def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
-    """The kernel's own choice, without its overlap, and then a grid: full rings for one and for two blocks an SM."""
+    """The kernel's own choice, its neighbours, and then a grid; rings fill what two, or one, blocks an SM have."""
     chosen = shape.chosen(rows)
-    seen = {chosen}
-    yield chosen
-    extra = [dataclasses.replace(chosen, overlap=False)]
-    if shape.normed:
-        extra.append(dataclasses.replace(chosen, fuse_norm=False))
-    if chosen.splits > 1:
-        extra.append(dataclasses.replace(chosen, reduce="memory"))
-    for blocks in (2, 1, 3):
-        for splits in (1, 2, 4):
-            for channels, tile_k in ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256)):
-                tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=12)
-                fitting = shape.fit(tuning, rows, SMEM_PER_SM // blocks - 1024)
-                grid = -(-shape.n // channels) * splits
-                if shape.bits == 4 and tile_k != GROUP:
-                    continue
-                if fitting and 100 <= grid <= 800 and splits * tile_k * 2 <= shape.k:
-                    extra.append(fitting)
-    for tuning in extra:
-        if tuning not in seen:
-            seen.add(tuning)
-            yield tuning
+    flip = {"fuse_norm": not chosen.fuse_norm} if shape.normed else {"splits": 3 - min(chosen.splits, 2)}
+    wanted: list[tuple[int, dict[str, Any]]] = [(2, {}), (2, flip), (1, {}), (2, {"consumers": 1}), (2, {"consumers": 3})]
+    wanted += [(2, {"tile_k": chosen.tile_k * 2}), (2, {"tile_k": chosen.tile_k // 2}), (2, {"overlap": False})]
+    wanted += [(1, {"consumers": 3}), (1, flip), (2, {"splits": 4})]
+    wanted.append((2, {"reduce": "memory", "splits": 2}))
+    for channels, tile_k, splits, consumers in itertools.product((64, 128), (128, 64, 256), (1, 2, 4), (2, 1, 3)):
+        wanted.append((2, {"rows": channels, "tile_k": tile_k, "splits": splits, "consumers": consumers}))
+    seen = set()
+    for blocks, change in wanted:
+        tuning = dataclasses.replace(chosen, **change)
+        tuning = dataclasses.replace(tuning, stages=12)
+        fitting = shape.fit(tuning, rows, SMEM_PER_SM // blocks - 1024)
+        grid = -(-shape.n // tuning.rows) * tuning.splits
+        if shape.bits == 4 and tuning.tile_k != GROUP:
+            continue
+        if fitting and fitting not in seen and tuning.tile_k >= 64 and 50 <= grid <= 800:
+            seen.add(fitting)
+            yield fitting
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -317,7 +322,7 @@ class Bench:
             except Exception as failure:
                 result["failure"] = f"{type(failure).__name__}: {failure}"[:500]
             entry["mosaic"].append(result)
-            short = {name: result.get(name) for name in ("rows", "tile_k", "stages", "splits", "overlap", "reduce")}
+            short = {name: result.get(name) for name in ("rows", "tile_k", "stages", "splits", "consumers", "fuse_norm", "overlap", "reduce")}
             self.save(f"    {result.get('us')} us, error {result.get('error')}, {short} {result.get('failure', '')}")
         right = [r for r in entry["mosaic"] if "us" in r and r["error"] < 2 * entry["xla"]["error"] + 1e-3]
         names = {field.name for field in dataclasses.fields(Tuning)}
@@ -387,9 +392,9 @@ class Bench:
         self.held = (None, [])
         self.mlp(1)
         for shape in self.shapes:
-            for bits in (8, 4):
+            for dtype in (jnp.int8, jnp.int4, jnp.float8_e4m3fn):
                 if not self.late():
-                    quantized = shape.quantized(bits)
+                    quantized = shape.quantized(dtype)
                     self.products(quantized, 1, itertools.islice(tunings(quantized, 1), 5))
         for shape in self.shapes:
             for rows in (16, 64, 8):
@@ -407,7 +412,7 @@ def compile_all(limit: int) -> None:
 
     compile_one = compiler()
     for rows in (1, 8, 16, 64):
-        for shape in (*SHAPES, *(s.quantized(bits) for bits in (8, 4) for s in SHAPES)):
+        for shape in (*SHAPES, *(s.quantized(dtype) for dtype in (jnp.int8, jnp.int4, jnp.float8_e4m3fn) for s in SHAPES)):
             given = jax.eval_shape(lambda key, s=shape, m=rows: operands(s, m, key), jax.random.key(0))
             weight = jax.eval_shape(shape.make, jax.random.key(0))
             for tuning in list(tunings(shape, rows))[:limit]:

@@ -243,13 +243,17 @@ def tuning_for(
     room = (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
     # With many rows, more channels a block, so that x is fetched less often; else fewer, so that there are more blocks.
     channels = 128 if many and not gated and weight_bytes == 2 else 64
-    blocks, slots = -(-n // channels), 132 if many else 264
+    blocks = -(-n // channels)
     tile_k = 64 if gated and weight_bytes == 2 else 128
     splits = 1
-    while splits < 4 and blocks * splits * 2 <= slots and k // (splits * 2) >= 4 * tile_k:
+    while splits < 4 and blocks * splits * 2 <= 132 and k // (splits * 2) >= 4 * tile_k:
         splits *= 2
     fuse_norm = norm is not None and resident_bytes(rows, k) <= 80 * 1024
-    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=12, fuse_norm=fuse_norm)
+    # With groups, a consumer holds two sums of each half: two of them would spill where rows are many.
+    consumers = 1 if many and gated and weight_bytes < 1 else 2
+    tuning = Tuning(
+        rows=channels, tile_k=tile_k, splits=splits, stages=12, consumers=consumers, fuse_norm=fuse_norm
+    )
     normed = norm is not None
     size = functools.partial(shared_bytes, rows=rows, k=k, gated=gated, normed=normed, weight_bytes=weight_bytes)
     while tuning.stages > 2 and size(tuning) > room:
