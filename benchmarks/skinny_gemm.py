@@ -36,6 +36,7 @@ from machine import describe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pallas_kernels.skinny_gemm import (
+    QUANTIZED,
     SMEM_PER_SM,
     InputNorm,
     Tuning,
@@ -70,8 +71,9 @@ class Shape:
 
     @property
     def norm(self) -> InputNorm | None:
-        """The norm, without its weights."""
-        return InputNorm(kind="rms", eps=1e-5) if self.normed else None
+        """The norm; its scale has a shape only."""
+        scale: Any = jax.ShapeDtypeStruct((self.k,), BF16)
+        return InputNorm(kind="rms", eps=1e-5, scale=scale) if self.normed else None
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -92,8 +94,8 @@ class Shape:
         return (normal * BF16(self.k**-0.5 if self.dtype == BF16 else 64.0)).astype(self.dtype)
 
     def fit(self, tuning: Tuning, rows: int, room: int) -> Tuning | None:
-        """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if not one a consumer does."""
-        kept: dict[str, Any] = {"normed": self.normed, "weight_bytes": self.bits / 8}
+        """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if none do."""
+        kept: dict[str, Any] = {"norm": self.norm, "weight_bytes": self.bits / 8}
         size = functools.partial(shared_bytes, rows=rows, k=self.k, gated=self.gated, **kept)
         while tuning.stages > max(2, tuning.consumers) and size(tuning) > room:
             tuning = dataclasses.replace(tuning, stages=tuning.stages - tuning.consumers)
@@ -191,7 +193,13 @@ def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
     """The kernel's own choice, its neighbours, and then a grid; rings fill what two, or one, blocks an SM have."""
     chosen = shape.chosen(rows)
     flip = {"fuse_norm": not chosen.fuse_norm} if shape.normed else {"splits": 3 - min(chosen.splits, 2)}
-    wanted: list[tuple[int, dict[str, Any]]] = [(2, {}), (2, flip), (1, {}), (2, {"consumers": 1}), (2, {"consumers": 3})]
+    wanted: list[tuple[int, dict[str, Any]]] = [
+        (2, {}),
+        (2, flip),
+        (1, {"fuse_norm": True}),
+        (2, {"consumers": 1}),
+        (2, {"consumers": 3}),
+    ]
     wanted += [(2, {"tile_k": chosen.tile_k * 2}), (2, {"tile_k": chosen.tile_k // 2}), (2, {"overlap": False})]
     wanted += [(1, {"consumers": 3}), (1, flip), (2, {"splits": 4})]
     wanted.append((2, {"reduce": "memory", "splits": 2}))
@@ -322,7 +330,10 @@ class Bench:
             except Exception as failure:
                 result["failure"] = f"{type(failure).__name__}: {failure}"[:500]
             entry["mosaic"].append(result)
-            short = {name: result.get(name) for name in ("rows", "tile_k", "stages", "splits", "consumers", "fuse_norm", "overlap", "reduce")}
+            short = {
+                name: result.get(name)
+                for name in ("rows", "tile_k", "stages", "splits", "consumers", "fuse_norm", "overlap", "reduce")
+            }
             self.save(f"    {result.get('us')} us, error {result.get('error')}, {short} {result.get('failure', '')}")
         right = [r for r in entry["mosaic"] if "us" in r and r["error"] < 2 * entry["xla"]["error"] + 1e-3]
         names = {field.name for field in dataclasses.fields(Tuning)}
@@ -392,7 +403,7 @@ class Bench:
         self.held = (None, [])
         self.mlp(1)
         for shape in self.shapes:
-            for dtype in (jnp.int8, jnp.int4, jnp.float8_e4m3fn):
+            for dtype in QUANTIZED:
                 if not self.late():
                     quantized = shape.quantized(dtype)
                     self.products(quantized, 1, itertools.islice(tunings(quantized, 1), 5))
@@ -411,8 +422,9 @@ def compile_all(limit: int) -> None:
     from tests.aot import compiler
 
     compile_one = compiler()
+    quantized = [s.quantized(dtype) for dtype in QUANTIZED for s in SHAPES]
     for rows in (1, 8, 16, 64):
-        for shape in (*SHAPES, *(s.quantized(dtype) for dtype in (jnp.int8, jnp.int4, jnp.float8_e4m3fn) for s in SHAPES)):
+        for shape in (*SHAPES, *quantized):
             given = jax.eval_shape(lambda key, s=shape, m=rows: operands(s, m, key), jax.random.key(0))
             weight = jax.eval_shape(shape.make, jax.random.key(0))
             for tuning in list(tunings(shape, rows))[:limit]:

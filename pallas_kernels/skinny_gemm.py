@@ -187,7 +187,8 @@ def skinny_gemm(
 
     Args:
         x: [M, K]. From 9 rows on, a number that is not a multiple of 8 costs the kernel a copy of x and residual.
-        weight: [N, K], or [2, N, K] holding the gate G and the values V.
+        weight: [N, K], or [2, N, K] holding the gate G and the values V. Where N is not a multiple of 8, the kernel
+            leaves its last ``N % 8`` channels to ``jax.numpy``, and putting the two together is a copy of the result.
         norm: normalisation of the rows of ``x``.
         bias: [N], or [2, N] for a gated weight.
         activation: of the product, or of the gate.
@@ -212,6 +213,13 @@ def skinny_gemm(
     if implementation != "mosaic":
         raise ValueError(f"skinny_gemm: implementation {implementation!r} is none of 'mosaic', 'reference'")
     _check_mosaic(x, weight)
+    if whole := weight.shape[-2] % 8:
+        # Tiles have 8 channels. XLA hands a kernel the first channels of an array without a copy.
+        whole = weight.shape[-2] - whole
+        given = {"bias": bias, "residual": residual, "weight_scale": weight_scale}
+        part = functools.partial(_channels, x, weight, norm=norm, activation=activation, given=given)
+        y = part(slice(0, whole), implementation="mosaic", tuning=tuning, interpret=interpret)
+        return jnp.concatenate((y, part(slice(whole, None), implementation="reference")), axis=1)
     # Imported here, since it takes a second and only this implementation needs it.
     from pallas_kernels import skinny_gemm_mosaic
 
@@ -235,6 +243,14 @@ def skinny_gemm(
     return skinny_gemm_mosaic.run(x, weight, norm=norm, **rest, tuning=tuning, interpret=interpret)
 
 
+def _channels(
+    x: jax.Array, weight: jax.Array, channels: slice, *, given: dict[str, jax.Array | None], **rest: Any
+) -> jax.Array:
+    """The product for some of the output channels."""
+    own = {name: array if array is None else array[..., channels] for name, array in given.items()}
+    return skinny_gemm(x, weight[channels], **own, **rest)
+
+
 def tuning_for(
     rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> Tuning:
@@ -248,17 +264,20 @@ def tuning_for(
     splits = 1
     while splits < 4 and blocks * splits * 2 <= 132 and k // (splits * 2) >= 4 * tile_k:
         splits *= 2
-    fuse_norm = norm is not None and resident_bytes(rows, k) <= 80 * 1024
     # With groups, a consumer holds two sums of each half: two of them would spill where rows are many.
     consumers = 1 if many and gated and weight_bytes < 1 else 2
-    tuning = Tuning(
-        rows=channels, tile_k=tile_k, splits=splits, stages=12, consumers=consumers, fuse_norm=fuse_norm
-    )
-    normed = norm is not None
-    size = functools.partial(shared_bytes, rows=rows, k=k, gated=gated, normed=normed, weight_bytes=weight_bytes)
-    while tuning.stages > 2 and size(tuning) > room:
-        tuning = dataclasses.replace(tuning, stages=tuning.stages - tuning.consumers)
-    return tuning
+    full = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=12, consumers=consumers)
+
+    size = functools.partial(shared_bytes, rows=rows, k=k, gated=gated, norm=norm, weight_bytes=weight_bytes)
+
+    def fitting(tuning: Tuning) -> Tuning:
+        while tuning.stages > consumers and size(tuning) > room:
+            tuning = dataclasses.replace(tuning, stages=tuning.stages - consumers)
+        return tuning
+
+    # Beside all of x, there must be room for a ring that keeps the memory busy.
+    fused, apart = fitting(full), fitting(dataclasses.replace(full, fuse_norm=False))
+    return fused if size(fused) <= room and fused.stages >= min(apart.stages, 2 * consumers) else apart
 
 
 def weight_bits(dtype: Any) -> int:
@@ -271,20 +290,18 @@ def padded_rows(rows: int) -> int:
     return -(-rows // 8) * 8
 
 
-def resident_bytes(rows: int, k: int) -> int:
-    """Shared memory that x takes, in bytes, where the kernel normalises it, and the norm's scale and bias."""
-    return padded_rows(rows) * k * 2 + 2 * k * 2
-
-
 def shared_bytes(
-    tuning: Tuning, rows: int, k: int, gated: bool, *, normed: bool = False, weight_bytes: float = 2
+    tuning: Tuning, rows: int, k: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> int:
     """Shared memory of a block with a residual, in bytes; a little more than what the compiler lays out."""
     tokens, parts = padded_rows(rows), 1 + gated
     stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes)
-    whole_k = -(-k // tuning.tile_k) * tuning.tile_k
-    resident = resident_bytes(rows, whole_k) if normed and tuning.fuse_norm else 0
-    if not resident:
+    resident = 0
+    if norm is not None and tuning.fuse_norm:
+        vectors = [array for array in (norm.scale, norm.bias) if array is not None]
+        whole = -(-k // tuning.tile_k) * tuning.tile_k
+        resident = whole * (tokens * 2 + sum(array.dtype.itemsize for array in vectors)) + (5 + len(vectors)) * 1024
+    else:
         stage += tokens * tuning.tile_k * 2
     if weight_bytes < 1:
         stage += parts * tuning.rows * 4
@@ -335,15 +352,16 @@ def _check(
 def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
     """Whether the kernel can run the operands."""
     runs = (
-        f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16 (32 for int8), N of 8, x of bfloat16 or float16, "
-        "and a weight of the same dtype, int8, int4 or float8_e4m3fn"
+        f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16, N of at least 8 and a multiple of 8 for a gated weight, "
+        "x of bfloat16 or float16, and a weight of the same dtype, int8, int4 or float8_e4m3fn"
     )
     if x.dtype not in DTYPES or weight.dtype not in (x.dtype, *QUANTIZED):
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype}: {runs}"
         )
-    multiple = 256 // weight_bits(weight.dtype)
-    fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % multiple == 0 and weight.shape[-2] % 8 == 0
+    # The tensor memory accelerator needs rows of whole 16 bytes, wgmma rows of x of whole 32.
+    n = weight.shape[-2]
+    fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % 16 == 0 and n >= 8 and (n % 8 == 0 or weight.ndim == 2)
     if not fits or not weight.size:
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x {x.shape} with weight {weight.shape}: {runs}"
@@ -359,5 +377,5 @@ def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNor
         raise ValueError(f"skinny_gemm: splits must be 1 to 8, and at most one for each tile of K={k}: {tuning}")
     if not 1 <= tuning.consumers <= 3 or tuning.stages % tuning.consumers:
         raise ValueError(f"skinny_gemm: consumers must be 1 to 3, and stages a multiple of them: {tuning}")
-    if shared_bytes(tuning, rows, k, gated, normed=norm is not None, weight_bytes=weight_bytes) > SMEM_PER_SM:
+    if shared_bytes(tuning, rows, k, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
         raise ValueError(f"skinny_gemm: more shared memory than an SM has, for {rows} rows: {tuning}")

@@ -249,21 +249,26 @@ def run(
             plgpu.barrier_arrive(smem["normed"])
             plgpu.barrier_wait(smem["normed"])
 
-        def operand(slot: Any, part: int) -> Any:
-            """A tile of the weight: where it lies, or in registers and widened."""
-            tile = smem["weight_smem"].at[slot, part]
-            if not quantized:
-                return tile
-            layout = plgpu.Layout.WGMMA_UPCAST_4X if weight.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
-            value = plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC)
+        def widened(value: jax.Array) -> jax.Array:
             if weight.dtype == jnp.float8_e4m3fn:
                 # Hopper widens e4m3 to float16 only; by float32, each value is kept on its way to bfloat16.
                 value = value.astype(jnp.float16)
                 value = value if dtype == jnp.float16 else value.astype(jnp.float32)
             return value.astype(dtype)
 
-        def x_operand(i: Any, slot: Any) -> Any:
-            return smem["x_smem"].at[slot if norm is None else first + i].T
+        def multiply_tile(acc: Any, i: Any, slot: Any, part: int) -> None:
+            """Add a tile's product to ``acc``; a quantized tile is widened on its way to the tensor cores."""
+            tile, place = smem["weight_smem"].at[slot, part], slot if norm is None else first + i
+            if not quantized:
+                plgpu.wgmma(acc, tile, smem["x_smem"].at[place].T)
+                return
+            layout = plgpu.Layout.WGMMA_UPCAST_4X if weight.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
+            packed = plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC)
+            # In pieces: while the tensor cores have one, the next is widened.
+            for start in range(0, tile_k, 64):
+                piece = widened(packed[:, start : start + 64])
+                plgpu.wgmma(acc, piece, smem["x_smem"].at[place, :, pl.ds(start, 64)].T)
+            plgpu.wgmma_wait(0)  # before the registers that it reads are used again
 
         def slot_of(step: Any) -> tuple[Any, Any]:
             i = worker + step * consumers
@@ -275,7 +280,7 @@ def run(
                 plgpu.barrier_arrive(smem["empty"].at[lax.rem(i, stages)])
 
         steps = lax.div(count - worker + consumers - 1, consumers)
-        # A consumer may give a tile back when it multiplies its next, where the ring also has room for what others hold.
+        # A consumer may give a tile back when it multiplies its next, where the ring has room for both.
         lag = not quantized and stages >= 2 * consumers
         accumulator = plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)
 
@@ -287,9 +292,7 @@ def run(
                 i, slot = slot_of(step)
                 plgpu.barrier_wait(smem["full"].at[slot])
                 for part in range(parts):
-                    plgpu.wgmma(accs[part], operand(slot, part), x_operand(i, slot))
-                    if quantized:
-                        plgpu.wgmma_wait(0)  # before the registers that it reads are used again
+                    multiply_tile(accs[part], i, slot, part)
                 if not lag:
                     plgpu.wgmma_wait(0)
                     give_back(i)
@@ -310,7 +313,7 @@ def run(
                 for part in range(parts):
 
                     def product(acc: Any, part: int = part) -> jax.Array:
-                        plgpu.wgmma(acc, operand(slot, part), x_operand(i, slot))
+                        multiply_tile(acc, i, slot, part)
                         return acc[...]
 
                     factor = plgpu.load(smem["group_smem"].at[slot, part], layout=ACC.reduce(1), optimized=False)

@@ -135,7 +135,11 @@ CASES |= {
     "gpt2-xl up": functools.partial(
         case, 8, 6400, 1600, norm="layer+scale+bias", bias=True, activation="gelu_tanh"
     ),
-    "gpt2-xl head": functools.partial(case, 1, 50264, 1600, norm="layer+scale+bias"),
+    "gpt2-xl head": functools.partial(case, 1, 50257, 1600, norm="layer+scale+bias"),
+    "odd vocabulary, int8": functools.partial(case, 2, 32003, 4096, norm="rms+scale", int8=True),
+    "odd vocabulary, fp8": functools.partial(case, 1, 250002, 1024, fp8=True),
+    "odd vocabulary, int4": functools.partial(case, 1, 32003, 4096, norm="rms+scale", int4=128),
+    "int8, K a multiple of 16": functools.partial(case, 3, 1000, 1008, norm="rms+scale", int8=True),
     "ragged": functools.partial(case, 3, 1000, 144, bias=True, residual=True, activation="gelu"),
     "gated gelu bias": functools.partial(
         case, 16, 4096, 2048, gated=True, norm="rms+scale", bias=True, activation="gelu", residual=True

@@ -68,15 +68,18 @@ def test_a_scale_goes_with_a_quantized_weight():
 def test_what_the_kernel_cannot_run_is_refused_and_says_what_runs():
     half = jnp.zeros((2, 64), jnp.bfloat16)
     weight = jnp.zeros((32, 64), jnp.bfloat16)
-    runs = "1 to 64 rows, K a multiple of 16 .32 for int8., N of 8, x of bfloat16 or float16"
+    runs = "1 to 64 rows, K a multiple of 16, N of at least 8 and a multiple of 8 for a gated weight, x of bfloat16"
     refused(jnp.zeros((2, 64)), weight, f"'mosaic' cannot run x of float32.*{runs}", implementation="mosaic")
     refused(half, weight.astype(jnp.float16), f"weight of float16.*{runs}", implementation="mosaic")
     refused(jnp.zeros((65, 64), jnp.bfloat16), weight, rf"x \(65, 64\).*{runs}", implementation="mosaic")
     refused(half[:, :56], weight[:, :56], rf"x \(2, 56\).*{runs}", implementation="mosaic")
-    refused(half, weight[:31], rf"weight \(31, 64\).*{runs}", implementation="mosaic")
+    refused(half, weight[:7], rf"weight \(7, 64\).*{runs}", implementation="mosaic")
+    refused(half, jnp.stack([weight[:31]] * 2), rf"weight \(2, 31, 64\).*{runs}", implementation="mosaic")
     refused(half, weight, "'triton' is none of 'mosaic', 'reference'", implementation="triton")
     refused(half, weight, "multiples of 64", implementation="mosaic", tuning=Tuning(rows=96))
     refused(half, weight, "at most one for each tile", implementation="mosaic", tuning=Tuning(splits=4))
+    refused(half, weight, "stages a multiple of them", implementation="mosaic", tuning=Tuning(stages=5))
+    refused(half, weight, "consumers must be 1 to 3", implementation="mosaic", tuning=Tuning(consumers=4, stages=4))
     refused(half, weight, "more shared memory", implementation="mosaic", tuning=Tuning(stages=40))
 
 
@@ -101,6 +104,7 @@ def test_tunings_fit_an_sm(n, k, gated):
     for rows, size in itertools.product((1, 8, 17, 64), (0.5, 1, 2)):
         tuning = tuning_for(rows, n, k, gated=gated, norm=norm, weight_bytes=size)
         blocks = 1 if rows > 32 else 2
-        assert blocks * (shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=size) + 1024) <= SMEM_PER_SM
-        assert tuning.stages >= 2
+        assert blocks * (shared_bytes(tuning, rows, k, gated, norm=norm, weight_bytes=size) + 1024) <= SMEM_PER_SM
+        assert tuning.stages >= tuning.consumers
+        assert tuning.stages % tuning.consumers == 0
         assert tuning.splits <= -(-k // tuning.tile_k)
