@@ -96,15 +96,14 @@ class Shape:
     def fit(self, tuning: Tuning, rows: int, room: int) -> Tuning | None:
         """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if none do."""
         kept: dict[str, Any] = {"norm": self.norm, "weight_bytes": self.bits / 8}
-        size = functools.partial(shared_bytes, rows=rows, k=self.k, gated=self.gated, **kept)
-        while tuning.stages > max(2, tuning.consumers) and size(tuning) > room:
-            tuning = dataclasses.replace(tuning, stages=tuning.stages - tuning.consumers)
+        size = functools.partial(shared_bytes, rows=rows, gated=self.gated, **kept)
+        while tuning.stages > 2 and size(tuning) > room:
+            tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
         return tuning if size(tuning) <= room else None
 
     def chosen(self, rows: int) -> Tuning:
         """The kernel's own choice."""
-        tuning = tuning_for(rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=self.bits / 8)
-        return dataclasses.replace(tuning, tile_k=GROUP) if self.bits == 4 else tuning
+        return tuning_for(rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=self.bits / 8)
 
     def quantized(self, dtype: Any) -> Shape:
         """The same with a quantized weight."""
@@ -192,26 +191,20 @@ def copy_bandwidth(nbytes: int) -> float:
 def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
     """The kernel's own choice, its neighbours, and then a grid; rings fill what two, or one, blocks an SM have."""
     chosen = shape.chosen(rows)
-    flip = {"fuse_norm": not chosen.fuse_norm} if shape.normed else {"splits": 3 - min(chosen.splits, 2)}
-    wanted: list[tuple[int, dict[str, Any]]] = [
-        (2, {}),
-        (2, flip),
-        (1, {"fuse_norm": True}),
-        (2, {"consumers": 1}),
-        (2, {"consumers": 3}),
-    ]
-    wanted += [(2, {"tile_k": chosen.tile_k * 2}), (2, {"tile_k": chosen.tile_k // 2}), (2, {"overlap": False})]
-    wanted += [(1, {"consumers": 3}), (1, flip), (2, {"splits": 4})]
+    wanted: list[tuple[int, dict[str, Any]]] = [(2, {}), (2, {"tile_k": chosen.tile_k // 2})]
+    wanted += [(2, {"splits": 1 if chosen.splits > 1 else 2}), (2, {"overlap": False}), (1, {})]
+    if shape.normed:
+        wanted.insert(1, (2, {"fuse_norm": False}))
+    wanted += [(1, {"tile_k": chosen.tile_k * 2}), (2, {"splits": 4}), (2, {"tile_k": chosen.tile_k * 2}), (3, {})]
     wanted.append((2, {"reduce": "memory", "splits": 2}))
-    for channels, tile_k, splits, consumers in itertools.product((64, 128), (128, 64, 256), (1, 2, 4), (2, 1, 3)):
-        wanted.append((2, {"rows": channels, "tile_k": tile_k, "splits": splits, "consumers": consumers}))
+    for channels, tile_k, splits in itertools.product((64, 128), (128, 256, 512, 1024, 64), (1, 2, 4)):
+        wanted.append((2, {"rows": channels, "tile_k": tile_k, "splits": splits}))
     seen = set()
     for blocks, change in wanted:
-        tuning = dataclasses.replace(chosen, **change)
-        tuning = dataclasses.replace(tuning, stages=12)
+        tuning = dataclasses.replace(chosen, stages=8, **change)
         fitting = shape.fit(tuning, rows, SMEM_PER_SM // blocks - 1024)
         grid = -(-shape.n // tuning.rows) * tuning.splits
-        if shape.bits == 4 and tuning.tile_k != GROUP:
+        if shape.bits == 4 and tuning.tile_k % GROUP:
             continue
         if fitting and fitting not in seen and tuning.tile_k >= 64 and 50 <= grid <= 800:
             seen.add(fitting)
@@ -332,7 +325,7 @@ class Bench:
             entry["mosaic"].append(result)
             short = {
                 name: result.get(name)
-                for name in ("rows", "tile_k", "stages", "splits", "consumers", "fuse_norm", "overlap", "reduce")
+                for name in ("rows", "tile_k", "stages", "splits", "fuse_norm", "overlap", "reduce")
             }
             self.save(f"    {result.get('us')} us, error {result.get('error')}, {short} {result.get('failure', '')}")
         right = [r for r in entry["mosaic"] if "us" in r and r["error"] < 2 * entry["xla"]["error"] + 1e-3]

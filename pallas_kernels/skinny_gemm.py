@@ -71,12 +71,11 @@ class Tuning:
     Attributes:
         rows: output channels of a block, of each half of a gated weight; a multiple of 64.
         tile_k: inputs of a tile; a multiple of 64.
-        stages: tiles in the ring, a multiple of ``consumers``, so that a place in it is always read by the same one.
+        stages: tiles in the ring.
         splits: parts of K, one a block; at most 8.
-        consumers: warpgroups of a block that multiply, each every ``consumers``-th tile.
         reduce: ``cluster`` adds the parts up inside the kernel; ``memory`` writes them out in float32 and leaves the
             sum and the epilogue to XLA, which is what interpret mode can run.
-        fuse_norm: normalise inside the kernel, where x then lies in shared memory as a whole, or else before it.
+        fuse_norm: normalise inside the kernel, or else before it, as is done for float16 and where 64 does not divide K.
         overlap: start to fetch the weight while the previous kernel still runs. The weight must not be written by that
             kernel; parameters of the jitted function never are.
     """
@@ -85,7 +84,6 @@ class Tuning:
     tile_k: int = 128
     stages: int = 5
     splits: int = 1
-    consumers: int = 2
     reduce: Literal["cluster", "memory"] = "cluster"
     fuse_norm: bool = True
     overlap: bool = True
@@ -231,10 +229,11 @@ def skinny_gemm(
         group = x.shape[1] // weight_scale.shape[1]
     if tuning is None:
         tuning = tuning_for(x.shape[0], weight.shape[1], x.shape[1], gated=gated, norm=norm, weight_bytes=size)
-        tuning = dataclasses.replace(tuning, tile_k=group or tuning.tile_k)
-    if group and tuning.tile_k != group:
-        raise ValueError(f"skinny_gemm: tile_k must be the group, {group}: {tuning}")
-    if norm is not None and not tuning.fuse_norm:
+    if group and tuning.tile_k % group:
+        raise ValueError(f"skinny_gemm: tile_k must be a multiple of the group, {group}: {tuning}")
+    # Inside the kernel, x is multiplied by the norm's scale before it is divided by its size. In float16 that may
+    # overflow where the normalised value would not.
+    if norm is not None and (x.dtype == jnp.float16 or x.shape[1] % 64 or not tuning.fuse_norm):
         x, norm = normalise(x, norm), None
     if interpret:
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
@@ -254,30 +253,30 @@ def _channels(
 def tuning_for(
     rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> Tuning:
-    """Choose how the kernel divides a product: enough blocks to keep the memory busy, two on an SM."""
+    """Choose how the kernel divides a product: two blocks on an SM, tiles of up to 32 KiB, of which three fit.
+
+    Fetching a tile costs an SM hundreds of cycles whatever its size, since the threads of a warp arrive one by one at
+    its barrier; so tiles are large.
+    """
     many = rows > 32
-    room = (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
+    parts, room = 1 + gated, (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
     # With many rows, more channels a block, so that x is fetched less often; else fewer, so that there are more blocks.
     channels = 128 if many and not gated and weight_bytes == 2 else 64
-    blocks = -(-n // channels)
-    tile_k = 64 if gated and weight_bytes == 2 else 128
-    splits = 1
-    while splits < 4 and blocks * splits * 2 <= 132 and k // (splits * 2) >= 4 * tile_k:
+    tile_k = int(32 * 1024 / (channels * parts * weight_bytes))
+    while tile_k > 128 and (tile_k >= 2 * k or padded_rows(rows, norm) * tile_k * 2 > 16 * 1024):
+        tile_k //= 2
+    blocks, splits = -(-n // channels), 1
+    while splits < 4 and not gated and blocks <= (264, 33)[splits > 1] and k // (splits * 2) >= 2 * tile_k:
         splits *= 2
-    # With groups, a consumer holds two sums of each half: two of them would spill where rows are many.
-    consumers = 1 if many and gated and weight_bytes < 1 else 2
-    full = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=12, consumers=consumers)
-
-    size = functools.partial(shared_bytes, rows=rows, k=k, gated=gated, norm=norm, weight_bytes=weight_bytes)
-
-    def fitting(tuning: Tuning) -> Tuning:
-        while tuning.stages > consumers and size(tuning) > room:
-            tuning = dataclasses.replace(tuning, stages=tuning.stages - consumers)
-        return tuning
-
-    # Beside all of x, there must be room for a ring that keeps the memory busy.
-    fused, apart = fitting(full), fitting(dataclasses.replace(full, fuse_norm=False))
-    return fused if size(fused) <= room and fused.stages >= min(apart.stages, 2 * consumers) else apart
+    # With groups and many rows, registers hold two sums and a tile of the weight: the norm's sums would spill.
+    fuse_norm = not (many and weight_bytes < 1)
+    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8, fuse_norm=fuse_norm)
+    size = functools.partial(shared_bytes, rows=rows, gated=gated, norm=norm, weight_bytes=weight_bytes)
+    while size(dataclasses.replace(tuning, stages=2)) > room:
+        tuning = dataclasses.replace(tuning, tile_k=tuning.tile_k // 2)
+    while tuning.stages > 2 and size(tuning) > room:
+        tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
+    return tuning
 
 
 def weight_bits(dtype: Any) -> int:
@@ -285,30 +284,25 @@ def weight_bits(dtype: Any) -> int:
     return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
 
 
-def padded_rows(rows: int) -> int:
-    """Columns of the wgmma instruction."""
-    return -(-rows // 8) * 8
+def padded_rows(rows: int, norm: InputNorm | None = None) -> int:
+    """Columns of the wgmma instruction: the rows, and one each for the scale and bias of a fused LayerNorm."""
+    extra = 0 if norm is None else (norm.kind == "layer") + (norm.bias is not None)
+    return -(-(rows + extra) // 8) * 8
 
 
 def shared_bytes(
-    tuning: Tuning, rows: int, k: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: float = 2
+    tuning: Tuning, rows: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> int:
     """Shared memory of a block with a residual, in bytes; a little more than what the compiler lays out."""
-    tokens, parts = padded_rows(rows), 1 + gated
-    stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes)
-    resident = 0
-    if norm is not None and tuning.fuse_norm:
-        vectors = [array for array in (norm.scale, norm.bias) if array is not None]
-        whole = -(-k // tuning.tile_k) * tuning.tile_k
-        resident = whole * (tokens * 2 + sum(array.dtype.itemsize for array in vectors)) + (5 + len(vectors)) * 1024
-    else:
-        stage += tokens * tuning.tile_k * 2
+    tokens, parts = padded_rows(rows, norm), 1 + gated
+    stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes) + tokens * tuning.tile_k * 2
+    if norm is not None:
+        stage += sum(tuning.tile_k * array.dtype.itemsize for array in (norm.scale, norm.bias) if array is not None)
     if weight_bytes < 1:
-        stage += parts * tuning.rows * 4
-    exchange = parts * tuning.rows * tokens * 4 * max(tuning.consumers - 1, tuning.splits > 1)
+        stage += parts * tuning.rows * 4 * (tuning.tile_k // 64)  # of groups of 64, the smallest
+    exchange = parts * tuning.rows * tokens * 4 if tuning.splits > 1 else 0
     # The output and the residual; bias, scales, barriers, scratch of reductions, and alignment.
-    rest = 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 6 * 1024
-    return resident + tuning.stages * stage + exchange + rest
+    return tuning.stages * stage + exchange + 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 8 * 1024
 
 
 def _check(
@@ -375,7 +369,5 @@ def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNor
     tiles = -(-k // tuning.tile_k)
     if not 1 <= tuning.splits <= min(8, tiles):
         raise ValueError(f"skinny_gemm: splits must be 1 to 8, and at most one for each tile of K={k}: {tuning}")
-    if not 1 <= tuning.consumers <= 3 or tuning.stages % tuning.consumers:
-        raise ValueError(f"skinny_gemm: consumers must be 1 to 3, and stages a multiple of them: {tuning}")
-    if shared_bytes(tuning, rows, k, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
+    if shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
         raise ValueError(f"skinny_gemm: more shared memory than an SM has, for {rows} rows: {tuning}")

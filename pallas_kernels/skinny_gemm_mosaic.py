@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -41,16 +42,24 @@ def run(
 ) -> jax.Array:
     """Run the kernel on operands that :func:`pallas_kernels.skinny_gemm` has checked; ``weight`` is [P, N, K]."""
     (m, k), (parts, n, _), dtype = x.shape, weight.shape, x.dtype
-    tokens = padded_rows(m)
-    rows, tile_k, stages, splits, consumers = tuning.rows, tuning.tile_k, tuning.stages, tuning.splits, tuning.consumers
+    tokens = padded_rows(m, norm)
+    rows, tile_k, stages, splits = tuning.rows, tuning.tile_k, tuning.stages, tuning.splits
     tiles = -(-k // tile_k)
+    layer = norm is not None and norm.kind == "layer"
+    scale = None if norm is None else norm.scale
+    shift = None if norm is None else norm.bias
     grouped = weight_scale is not None and weight_scale.ndim == 3
+    group = k // weight_scale.shape[1] if weight_scale is not None and grouped else tile_k
+    groups = tile_k // group
+    strip = min(tile_k, 128, group)
+    # Vectors over K are matrices: a copy has at most 256 entries along each axis.
+    line = 64 if k % 128 or tile_k % 128 else 128
     quantized = weight.dtype in QUANTIZED
     in_memory = splits > 1 and tuning.reduce == "memory"
     in_cluster = splits > 1 and not in_memory
     finish = not in_memory
     # Tiles have 8 rows: an array of fewer is one tile, of more must be whole tiles.
-    held = m if m < 8 else tokens
+    held = m if m < 8 else -(-m // 8) * 8
     full_rows = ((0, held - m), (0, 0))
     x = jnp.pad(x, full_rows)
     if residual is not None and finish:
@@ -58,63 +67,67 @@ def run(
 
     names = ["x", "weight"]
     operands: list[jax.Array] = [x, weight]
-    vectors = {} if norm is None else {"scale": norm.scale, "shift": norm.bias}
-    vectors = {name: array for name, array in vectors.items() if array is not None}
-    channels = {}
-    if finish:
-        factor = None if weight_scale is None or grouped else weight_scale.astype(jnp.float32)
-        channels = {"bias": bias, "factor": factor}
-        channels = {name: array.reshape(-1) for name, array in channels.items() if array is not None}
-    others = {"group": weight_scale if grouped else None, "residual": residual if finish else None}
-    for name, array in (*vectors.items(), *channels.items(), *others.items()):
+    for name, array in (("scale", scale), ("shift", shift)):
         if array is not None:
             names.append(name)
-            operands.append(array)
+            operands.append(array.reshape(-1, line))
+    if weight_scale is not None and grouped:
+        names.append("group")
+        operands.append(weight_scale)
+    if finish:
+        channels = None if weight_scale is None or grouped else weight_scale.astype(jnp.float32)
+        flat = {"bias": bias, "factor": channels}
+        last = {name: array if array is None else array.reshape(-1) for name, array in flat.items()}
+        for name, array in (*last.items(), ("residual", residual)):
+            if array is not None:
+                names.append(name)
+                operands.append(array)
 
-    # A norm needs all of x before the first product: x then lies in shared memory as a whole.
-    x_tiles = stages if norm is None else tiles
+    arrivals = 2 + (scale is not None) + (shift is not None) + grouped
     scratch: dict[str, Any] = {
         "weight_smem": plgpu.SMEM(
-            (stages, parts, rows, tile_k), weight.dtype, transforms=_tiled(tile_k, weight.dtype, k)
+            (stages, parts, rows, tile_k),
+            weight.dtype,
+            transforms=_tiled(strip if quantized else tile_k, weight.dtype, k),
         ),
-        "x_smem": plgpu.SMEM((x_tiles, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
-        "full": plgpu.Barrier(num_arrivals=1 + (norm is None) + grouped, num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+        "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
+        "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
     }
-    if grouped:
-        scratch["group_smem"] = plgpu.SMEM((stages, parts, rows), jnp.float32)
+    if weight_scale is not None and grouped:
+        scratch["group_smem"] = plgpu.SMEM((stages, parts, groups, rows), jnp.float32)
+    if scale is not None:
+        scratch["scale_smem"] = plgpu.SMEM((stages, tile_k // line, line), scale.dtype)
+    if shift is not None:
+        scratch["shift_smem"] = plgpu.SMEM((stages, tile_k // line, line), shift.dtype)
     if norm is not None:
-        scratch |= {f"{name}_smem": plgpu.SMEM((tiles, tile_k), array.dtype) for name, array in vectors.items()}
-        scratch |= {f"sum{i}_smem": plgpu.SMEM((tokens,), jnp.float32) for i in range(2)}
-        scratch["x_full"] = plgpu.Barrier(num_arrivals=tiles * (1 + len(vectors)))
-        scratch["summed"] = plgpu.Barrier(num_arrivals=1)
-        scratch["normed"] = plgpu.Barrier(num_arrivals=consumers)
-    tiled = _tiled(tokens, jnp.float32)
-    # One array each: a slice of the array of another block cannot be read.
-    for part in range(parts * (consumers > 1 or in_cluster)):
-        scratch[f"part{part}_smem"] = plgpu.SMEM((rows, tokens), jnp.float32, transforms=tiled)
-        for consumer in range(2, consumers):
-            scratch[f"part{part}_{consumer}_smem"] = plgpu.SMEM((rows, tokens), jnp.float32, transforms=tiled)
-    if consumers > 1:
-        scratch["multiplied"] = plgpu.Barrier(num_arrivals=consumers - 1)
+        for i in range(1 + layer):
+            scratch[f"sum{i}_smem"] = plgpu.SMEM((tokens,), jnp.float32)
     if in_memory:
-        scratch["out_smem"] = plgpu.SMEM((parts, rows, tokens), jnp.float32, transforms=tiled)
+        scratch["out_smem"] = plgpu.SMEM((parts, rows, tokens), jnp.float32, transforms=_tiled(tokens, jnp.float32))
     else:
         scratch["out_smem"] = plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(rows, dtype, n))
-        for name, array in channels.items():
-            scratch[f"{name}_smem"] = plgpu.SMEM((parts, rows), array.dtype)
+        if bias is not None:
+            scratch["bias_smem"] = plgpu.SMEM((parts, rows), bias.dtype)
+        if "factor" in names:
+            scratch["factor_smem"] = plgpu.SMEM((parts, rows), jnp.float32)
         if residual is not None:
-            transforms = _tiled(rows, residual.dtype, n)
-            scratch["residual_smem"] = plgpu.SMEM((tokens, rows), residual.dtype, transforms=transforms)
-        extras = parts * len(channels) + (residual is not None)
+            tiled = _tiled(rows, residual.dtype, n)
+            scratch["residual_smem"] = plgpu.SMEM((tokens, rows), residual.dtype, transforms=tiled)
+        extras = parts * ((bias is not None) + ("factor" in names)) + (residual is not None)
         if extras:
             scratch["extra"] = plgpu.Barrier(num_arrivals=extras)
     if in_cluster:
+        tiled = _tiled(tokens, jnp.float32)
+        # One array each: a slice of a remote array cannot be read.
+        for part in range(parts):
+            scratch[f"part{part}_smem"] = plgpu.SMEM((rows, tokens), jnp.float32, transforms=tiled)
         scratch["cluster"] = plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=2)
 
     outs: dict[str, Any] = {}
     if in_memory:
         outs["out"] = jax.ShapeDtypeStruct((splits, parts, n, tokens), jnp.float32)
+        if norm is not None:
+            outs["sums"] = jax.ShapeDtypeStruct((splits, 1 + layer, tokens), jnp.float32)
     else:
         outs["out"] = jax.ShapeDtypeStruct((held, n), dtype)
 
@@ -122,13 +135,33 @@ def run(
         gmem = dict(zip([*names, *outs], refs, strict=True))
         channel = lax.axis_index("tile") * rows
         split: Any = lax.axis_index("split") if splits > 1 else 0
-        worker = lax.axis_index("worker")
         first, count = split * tiles // splits, tiles // splits
         if tiles % splits:
             count = (split + 1) * tiles // splits - first
 
-        def inputs(tile: Any) -> Any:
-            return pl.ds(tile * tile_k, tile_k)
+        def copies(i: Any, *names: str) -> None:
+            """Fetch parts of a tile. Every thread that issues a copy arrives at its barrier, so one warp issues each."""
+            slot, own = lax.rem(i, stages), pl.ds(channel, rows)
+            inputs, lines = (pl.ds((first + i) * size, size) for size in (tile_k, tile_k // line))
+            sources = {
+                "weight": lambda: gmem["weight"].at[:, own, inputs],
+                "group": lambda: gmem["group"].at[:, pl.ds((first + i) * groups, groups), own],
+                "x": lambda: gmem["x"].at[pl.ds(0, tokens), inputs],
+                "scale": lambda: gmem["scale"].at[lines],
+                "shift": lambda: gmem["shift"].at[lines],
+            }
+
+            def issue(warp: Any) -> None:
+                for n, name in enumerate(names):
+
+                    @pl.when(warp == n % 4)
+                    def _(name: str = name) -> None:
+                        target = smem[f"{name}_smem"].at[slot]
+                        plgpu.copy_gmem_to_smem(sources[name](), target, smem["full"].at[slot])
+
+            plgpu.warp_map(issue)
+
+        parameters = [name for name in ("weight", "group", "scale", "shift") if name in gmem]
 
         def when_leader(do: Any) -> None:
             if in_cluster:
@@ -136,118 +169,53 @@ def run(
             else:
                 do()
 
-        def produce() -> None:
-            """Fill the ring: fetch a tile as soon as the one that lay there has been read."""
+        vectors = [name for name in ("bias", "factor") if name in gmem]
 
-            def fetch_weight(i: Any) -> None:
-                slot = lax.rem(i, stages)
-                full, own = smem["full"].at[slot], pl.ds(channel, rows)
-                source = gmem["weight"].at[:, own, inputs(first + i)]
-                plgpu.copy_gmem_to_smem(source, smem["weight_smem"].at[slot], full)
-                if grouped:
-                    plgpu.copy_gmem_to_smem(gmem["group"].at[:, first + i, own], smem["group_smem"].at[slot], full)
+        def fetch_vectors() -> None:
+            for name in vectors:
+                for part in range(parts):
+                    source = gmem[name].at[pl.ds(part * n + channel, rows)]
+                    plgpu.copy_gmem_to_smem(source, smem[f"{name}_smem"].at[part], smem["extra"])
 
-            def fetch_x(i: Any) -> None:
-                slot = lax.rem(i, stages)
-                source = gmem["x"].at[pl.ds(0, tokens), inputs(first + i)]
-                plgpu.copy_gmem_to_smem(source, smem["x_smem"].at[slot], smem["full"].at[slot])
+        def fetch_residual() -> None:
+            source = gmem["residual"].at[pl.ds(0, tokens), pl.ds(channel, rows)]
+            plgpu.copy_gmem_to_smem(source, smem["residual_smem"], smem["extra"])
 
-            def fetch_all_x(tile: Any) -> None:
-                source = gmem["x"].at[pl.ds(0, tokens), inputs(tile)]
-                plgpu.copy_gmem_to_smem(source, smem["x_smem"].at[tile], smem["x_full"])
+        ring = jnp.minimum(count, stages)
+        pl.loop(0, ring)(lambda i: copies(i, *parameters))
+        if vectors:
+            when_leader(fetch_vectors)
+        if tuning.overlap:
+            plgpu.griddepcontrol_launch_dependents()
+            plgpu.griddepcontrol_wait()
+        pl.loop(0, ring)(lambda i: copies(i, "x"))
+        if "residual" in gmem:
+            when_leader(fetch_residual)
 
-            def fetch_norm(tile: Any) -> None:
-                for name in vectors:
-                    source = gmem[name].at[inputs(tile)]
-                    plgpu.copy_gmem_to_smem(source, smem[f"{name}_smem"].at[tile], smem["x_full"])
+        def normed(slot: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            """Multiply a tile of x by the scale, in place, and add to the sums over K."""
+            for start in range(0, tile_k, line):
+                own = pl.ds(start, line)
+                tile = smem["x_smem"].at[slot, :, own].T
+                value = plgpu.load(tile, layout=TRANSPOSED).astype(jnp.float32)
+                sums = tuple(total + y for total, y in zip(sums, (value * value, value), strict=False))
 
-            def fetch_channels() -> None:
-                for name in channels:
-                    for part in range(parts):
-                        source = gmem[name].at[pl.ds(part * n + channel, rows)]
-                        plgpu.copy_gmem_to_smem(source, smem[f"{name}_smem"].at[part], smem["extra"])
+                def across(name: str, row: int = start // line) -> jax.Array:
+                    source = smem[f"{name}_smem"].at[slot, row]
+                    found = plgpu.load(source, layout=TRANSPOSED.reduce(1), optimized=False).astype(jnp.float32)
+                    if name == "scale" and norm is not None and norm.unit_offset:
+                        found = found + 1.0
+                    return lax.broadcast_in_dim(found, (line, tokens), (0,))
 
-            def fetch_residual() -> None:
-                source = gmem["residual"].at[pl.ds(0, tokens), pl.ds(channel, rows)]
-                plgpu.copy_gmem_to_smem(source, smem["residual_smem"], smem["extra"])
-
-            ring = jnp.minimum(count, stages)
-            pl.loop(0, ring)(fetch_weight)
-            if vectors:
-                pl.loop(0, tiles)(fetch_norm)
-            if channels:
-                when_leader(fetch_channels)
-            if tuning.overlap:
-                plgpu.griddepcontrol_launch_dependents()
-                plgpu.griddepcontrol_wait()
-            if norm is None:
-                pl.loop(0, ring)(fetch_x)
-            else:
-                pl.loop(0, tiles)(fetch_all_x)
-            if "residual" in gmem:
-                when_leader(fetch_residual)
-
-            @pl.loop(ring, count)
-            def _(i: Any) -> None:
-                plgpu.barrier_wait(smem["empty"].at[lax.rem(i, stages)])
-                fetch_weight(i)
-                if norm is None:
-                    fetch_x(i)
-
-        def normalise_x(norm: InputNorm) -> None:
-            """Normalise x in shared memory: the first consumer finds the sums over K, then each does its tiles."""
-
-            def load(tile: Any) -> jax.Array:
-                return plgpu.load(smem["x_smem"].at[tile].T, layout=TRANSPOSED).astype(jnp.float32)
-
-            def vector(name: str, tile: Any) -> jax.Array:
-                found = plgpu.load(smem[f"{name}_smem"].at[tile], layout=TRANSPOSED.reduce(1), optimized=False)
-                return found.astype(jnp.float32)
-
-            def across(column: jax.Array) -> jax.Array:
-                return lax.broadcast_in_dim(column, (tile_k, tokens), (0,))
-
-            plgpu.barrier_wait(smem["x_full"])
-
-            @pl.when(worker == 0)
-            def _() -> None:
-                def add(tile: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                    value = load(tile)
-                    return tuple(total + y for total, y in zip(sums, (value * value, value), strict=False))
-
-                zero = plgpu.layout_cast(jnp.zeros((tile_k, tokens), jnp.float32), TRANSPOSED)
-                sums = lax.fori_loop(0, tiles, add, (zero,) * (1 + (norm.kind == "layer")))
-                square, *mean = (jnp.sum(total, axis=0) * (1.0 / k) for total in sums)
-                if mean:
-                    square = jnp.maximum(square - mean[0] * mean[0], 0.0)
-                    smem["sum1_smem"][...] = mean[0]
-                smem["sum0_smem"][...] = lax.rsqrt(square + norm.eps)
-                plgpu.barrier_arrive(smem["summed"])
-
-            plgpu.barrier_wait(smem["summed"])
-
-            def of_token(i: int) -> jax.Array:
-                row = plgpu.load(smem[f"sum{i}_smem"], layout=TRANSPOSED.reduce(0), optimized=False)
-                return lax.broadcast_in_dim(row, (tile_k, tokens), (1,))
-
-            size = of_token(0)
-            mean = of_token(1) if norm.kind == "layer" else None
-
-            @pl.loop(0, lax.div(tiles - worker + consumers - 1, consumers))
-            def _(step: Any) -> None:
-                tile = worker + step * consumers
-                value = load(tile)
-                value = (value if mean is None else value - mean) * size
-                if "scale" in vectors:
-                    scale = vector("scale", tile)
-                    value = value * across(scale + 1.0 if norm.unit_offset else scale)
-                if "shift" in vectors:
-                    value = value + across(vector("shift", tile))
-                smem["x_smem"].at[tile].T[...] = value.astype(dtype)
-
+                factor = across("scale") if scale is not None else None
+                value = value if factor is None else value * factor
+                if layer:
+                    value = jnp.where(_token_of((line, tokens)) == m, 1.0 if factor is None else factor, value)
+                if shift is not None:
+                    value = jnp.where(_token_of((line, tokens)) == m + layer, across("shift"), value)
+                tile[...] = value.astype(dtype)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(smem["normed"])
-            plgpu.barrier_wait(smem["normed"])
+            return sums
 
         def widened(value: jax.Array) -> jax.Array:
             if weight.dtype == jnp.float8_e4m3fn:
@@ -256,131 +224,94 @@ def run(
                 value = value if dtype == jnp.float16 else value.astype(jnp.float32)
             return value.astype(dtype)
 
-        def multiply_tile(acc: Any, i: Any, slot: Any, part: int) -> None:
-            """Add a tile's product to ``acc``; a quantized tile is widened on its way to the tensor cores."""
-            tile, place = smem["weight_smem"].at[slot, part], slot if norm is None else first + i
+        def multiply_tile(acc: Any, slot: Any, part: int, start: int = 0, size: int = tile_k) -> None:
+            """Add the product of ``size`` inputs of a tile to ``acc``; a quantized weight is widened on its way."""
+            tile, x_tile = smem["weight_smem"].at[slot, part], smem["x_smem"].at[slot]
             if not quantized:
-                plgpu.wgmma(acc, tile, smem["x_smem"].at[place].T)
+                inner = pl.ds(start, size)
+                plgpu.wgmma(acc, tile.at[:, inner], x_tile.at[:, inner].T)
                 return
             layout = plgpu.Layout.WGMMA_UPCAST_4X if weight.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
-            packed = plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC)
-            # In pieces: while the tensor cores have one, the next is widened.
-            for start in range(0, tile_k, 64):
-                piece = widened(packed[:, start : start + 64])
-                plgpu.wgmma(acc, piece, smem["x_smem"].at[place, :, pl.ds(start, 64)].T)
-            plgpu.wgmma_wait(0)  # before the registers that it reads are used again
+            # While the tensor cores have one piece, the next is widened.
+            for at in range(start, start + size, strip):
+                packed = plgpu.layout_cast(plgpu.load(tile.at[:, pl.ds(at, strip)], layout=layout), ACC)
+                for piece in range(0, strip, 64):
+                    operand = widened(packed[:, piece : piece + 64])
+                    plgpu.wgmma(acc, operand, x_tile.at[:, pl.ds(at + piece, 64)].T)
+                    plgpu.wgmma_wait(1)  # of those before, the registers may be used again
 
-        def slot_of(step: Any) -> tuple[Any, Any]:
-            i = worker + step * consumers
-            return i, lax.rem(i, stages)
-
-        def give_back(i: Any) -> None:
-            @pl.when(i + stages < count)
-            def _() -> None:
-                plgpu.barrier_arrive(smem["empty"].at[lax.rem(i, stages)])
-
-        steps = lax.div(count - worker + consumers - 1, consumers)
-        # A consumer may give a tile back when it multiplies its next, where the ring has room for both.
-        lag = not quantized and stages >= 2 * consumers
         accumulator = plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)
 
+        def arrived(i: Any, sums: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
+            slot = lax.rem(i, stages)
+            plgpu.barrier_wait(smem["full"].at[slot])
+            return slot, sums if norm is None else normed(slot, sums)
+
+        def refill(i: Any) -> None:
+            @pl.when(i + stages < count)
+            def _() -> None:
+                copies(i + stages, *parameters, "x")
+
         def multiply(*accs: Any) -> tuple[jax.Array, ...]:
-            """Keep the sums over this consumer's tiles in the accumulators of the tensor cores."""
+            """Keep the sums over all of K in the accumulators of the tensor cores."""
 
-            @pl.loop(0, steps)
-            def _(step: Any) -> None:
-                i, slot = slot_of(step)
-                plgpu.barrier_wait(smem["full"].at[slot])
+            def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                slot, sums = arrived(i, sums)
                 for part in range(parts):
-                    multiply_tile(accs[part], i, slot, part)
-                if not lag:
-                    plgpu.wgmma_wait(0)
-                    give_back(i)
-                    return
-                plgpu.wgmma_wait(parts)  # these may still run, those of the tile before have ended
-                pl.when(step > 0)(lambda: give_back(i - consumers))
+                    multiply_tile(accs[part], slot, part)
+                plgpu.wgmma_wait(0)
+                refill(i)
+                return sums
 
-            plgpu.wgmma_wait(0)
-            return tuple(acc[...] for acc in accs)
+            sums = lax.fori_loop(0, count, step, no_sums)
+            return (*(acc[...] for acc in accs), *sums)
 
         def multiply_groups() -> tuple[jax.Array, ...]:
-            """A tile is a group: its product is scaled as a whole, one multiplication for ``tile_k`` of them."""
+            """A group's product is scaled as a whole: one multiplication for all its inputs."""
 
-            def add(step: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                i, slot = slot_of(step)
-                plgpu.barrier_wait(smem["full"].at[slot])
-                found = []
-                for part in range(parts):
+            def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                slot, sums = arrived(i, carry[parts:])
+                totals = list(carry[:parts])
+                for part, g in itertools.product(range(parts), range(groups)):
 
-                    def product(acc: Any, part: int = part) -> jax.Array:
-                        multiply_tile(acc, i, slot, part)
+                    def product(acc: Any, part: int = part, g: int = g) -> jax.Array:
+                        multiply_tile(acc, slot, part, g * group, group)
                         return acc[...]
 
-                    factor = plgpu.load(smem["group_smem"].at[slot, part], layout=ACC.reduce(1), optimized=False)
+                    factor = plgpu.load(smem["group_smem"].at[slot, part, g], layout=ACC.reduce(1), optimized=False)
                     factor = lax.broadcast_in_dim(factor, (rows, tokens), (0,))
-                    found.append(totals[part] + pl.run_scoped(product, accumulator) * factor)
-                give_back(i)
-                return tuple(found)
+                    totals[part] = totals[part] + pl.run_scoped(product, accumulator) * factor
+                refill(i)
+                return (*totals, *sums)
 
             zero = plgpu.layout_cast(jnp.zeros((rows, tokens), jnp.float32), ACC)
-            return lax.fori_loop(0, steps, add, (zero,) * parts)
+            return lax.fori_loop(0, count, step, ((zero,) * parts) + no_sums)
 
-        def consume() -> None:
-            if norm is not None:
-                normalise_x(norm)
-            values = multiply_groups() if grouped else pl.run_scoped(multiply, *[accumulator] * parts)
-            if consumers == 1:
-                finish_sums(list(values))
-                return
-            for consumer in range(1, consumers):
+        zero = plgpu.layout_cast(jnp.zeros((line, tokens), jnp.float32), TRANSPOSED)
+        no_sums = () if norm is None else (zero,) * (1 + layer)
+        results = multiply_groups() if grouped else pl.run_scoped(multiply, *[accumulator] * parts)
+        values, sums = list(results[:parts]), [jnp.sum(total, axis=0) for total in results[parts:]]
+        for i, total in enumerate(sums):
+            smem[f"sum{i}_smem"][...] = total
 
-                @pl.when(worker == consumer)
-                def _(consumer: int = consumer) -> None:
-                    for part in range(parts):
-                        held_in(part, consumer)[...] = values[part]
-                    plgpu.barrier_arrive(smem["multiplied"])
-
-            @pl.when(worker == 0)
-            def _() -> None:
-                plgpu.barrier_wait(smem["multiplied"])
-                sums = list(values)
-                for consumer in range(1, consumers):
-                    sums = [y + plgpu.load(held_in(part, consumer), layout=ACC) for part, y in enumerate(sums)]
-                finish_sums(sums)
-
-        def held_in(part: int, consumer: int) -> Any:
-            return smem[f"part{part}_smem" if consumer == 1 else f"part{part}_{consumer}_smem"]
-
-        def finish_sums(values: list[jax.Array]) -> None:
-            """Add up what the blocks of a split have found and do the epilogue; one consumer does this."""
-            if in_memory:
-                for part in range(parts):
-                    smem["out_smem"][part] = values[part]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(smem["out_smem"], gmem["out"].at[split, :, pl.ds(channel, rows)])
-                plgpu.wait_smem_to_gmem(0)
-                return
-            if not in_cluster:
-                finish_tile(values)
-                return
-
+        if in_memory:
             for part in range(parts):
-                smem[f"part{part}_smem"][...] = values[part]
-            plgpu.barrier_arrive(smem["cluster"].at[0])
-            plgpu.barrier_wait(smem["cluster"].at[0])
+                smem["out_smem"][part] = values[part]
+            plgpu.commit_smem()
+            target = gmem["out"].at[split, :, pl.ds(channel, rows)]
+            plgpu.copy_smem_to_gmem(smem["out_smem"], target)
+            if norm is not None:
 
-            @pl.when(split == 0)
-            def _() -> None:
-                sums = values
-                for other in range(1, splits):
-                    for part in range(parts):
-                        remote = plgpu.cluster_ref(smem[f"part{part}_smem"], {"split": jnp.int32(other)})
-                        sums = [*sums[:part], sums[part] + plgpu.load(remote, layout=ACC), *sums[part + 1 :]]
-                finish_tile(sums)
+                @pl.when(lax.axis_index("tile") == 0)
+                def _() -> None:
+                    for i in range(1 + layer):
+                        plgpu.copy_smem_to_gmem(smem[f"sum{i}_smem"], gmem["sums"].at[split, i])
 
-            # Nobody leaves before the first block has read what the others hold.
-            plgpu.barrier_arrive(smem["cluster"].at[1])
-            plgpu.barrier_wait(smem["cluster"].at[1])
+            plgpu.wait_smem_to_gmem(0)
+            return
+
+        def read(ref: Any, other: int) -> Any:
+            return plgpu.cluster_ref(ref, {"split": jnp.int32(other)}) if other else ref
 
         def across(name: str) -> list[jax.Array]:
             """A vector over the channels, for each part, at every token."""
@@ -390,12 +321,27 @@ def run(
                 found.append(lax.broadcast_in_dim(column.astype(jnp.float32), (rows, tokens), (0,)))
             return found
 
-        def finish_tile(sums: list[jax.Array]) -> None:
+        def finish_tile() -> None:
+            others = range(1, splits) if in_cluster else ()
+            found = values
+            for other in others:
+                for part in range(parts):
+                    remote = read(smem[f"part{part}_smem"], other)
+                    found = [*found[:part], found[part] + plgpu.load(remote, layout=ACC), *found[part + 1 :]]
             if "extra" in smem:
                 plgpu.barrier_wait(smem["extra"])
             if "factor" in gmem:
-                sums = [y * factor for y, factor in zip(sums, across("factor"), strict=True)]
-            y = epilogue(sums, across("bias") if "bias" in gmem else None, activation, None)
+                found = [part * factor for part, factor in zip(found, across("factor"), strict=True)]
+            if norm is not None:
+                totals = []
+                for i in range(1 + layer):
+                    total = plgpu.load(smem[f"sum{i}_smem"], layout=ACC.reduce(0), optimized=False)
+                    for other in others:
+                        remote = read(smem[f"sum{i}_smem"], other)
+                        total = total + plgpu.load(remote, layout=ACC.reduce(0), optimized=False)
+                    totals.append(total)
+                found = _normed_product(found, totals, norm, m, k)
+            y = epilogue(found, across("bias") if bias is not None else None, activation, None)
             if "residual" in gmem:
                 y = plgpu.layout_cast(y, TRANSPOSED)
                 y = y + plgpu.load(smem["residual_smem"].T, layout=TRANSPOSED).astype(jnp.float32)
@@ -406,8 +352,17 @@ def run(
             plgpu.copy_smem_to_gmem(smem["out_smem"], gmem["out"].at[pl.ds(0, tokens), pl.ds(channel, rows)])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.when(worker == consumers)(produce)
-        pl.when(worker < consumers)(consume)
+        if not in_cluster:
+            finish_tile()
+            return
+        for part in range(parts):
+            smem[f"part{part}_smem"][...] = values[part]
+        plgpu.barrier_arrive(smem["cluster"].at[0])
+        plgpu.barrier_wait(smem["cluster"].at[0])
+        when_leader(finish_tile)
+        # Nobody leaves before the first block has read what the others hold.
+        plgpu.barrier_arrive(smem["cluster"].at[1])
+        plgpu.barrier_wait(smem["cluster"].at[1])
 
     blocks = -(-n // rows)
     space: dict[str, Any] = {"grid": (blocks,), "grid_names": ("tile",)}
@@ -422,17 +377,59 @@ def run(
         scratch_types=scratch,
         compiler_params=params,
         kernel_name="skinny_gemm",
-        num_threads=consumers + 1,
-        thread_name="worker",
         **space,
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
-    (out,) = kernel(*operands)
+    out, *sums = kernel(*operands)
     if not in_memory:
         return out[:m]
     totals = jnp.sum(out, axis=0)
     if weight_scale is not None and not grouped:
         totals = totals * weight_scale.astype(jnp.float32).reshape(parts, n, 1)
-    found = [part[:, :m].T for part in totals]
+    found = list(totals)
+    if norm is not None:
+        found = _normed_product(found, list(jnp.sum(sums[0], axis=0)), norm, m, k)
+    found = [part[:, :m].T for part in found]
     columns = None if bias is None else list(bias.astype(jnp.float32).reshape(parts, n))
     return epilogue(found, columns, activation, residual).astype(dtype)
+
+
+def _token_of(shape: tuple[int, ...]) -> jax.Array:
+    """The token of each entry of an array [rows, tokens].
+
+    By way of a vector: Mosaic GPU numbers the entries that a thread holds together along the last axis, in a matrix
+    whose layout is transposed too, where they lie along the first one (``FragmentedArray.foreach``, JAX 0.11.2). To be
+    called where the result is used: a layout that nothing asks for sends the inference of layouts on a long search.
+    """
+    return lax.broadcast_in_dim(lax.broadcasted_iota(jnp.int32, shape[1:], 0), shape, (1,))
+
+
+def _normed_product(
+    parts: list[jax.Array], totals: list[jax.Array], norm: InputNorm, m: int, k: int
+) -> list[jax.Array]:
+    """Turn ``W (x * scale)`` [rows, tokens] into ``W norm(x)``, given each token's sum of squares (and sum) over K.
+
+    LayerNorm's tokens ``m`` and after are the scale and the bias themselves: ``W scale`` is what the mean is taken
+    off with, ``W bias`` is what is added.
+    """
+    layer = norm.kind == "layer"
+    shape = parts[0].shape
+    square = totals[0] * (1.0 / k)
+    mean = totals[1] * (1.0 / k) if layer else None
+    if mean is not None:
+        square = jnp.maximum(square - mean * mean, 0.0)
+    size = lax.broadcast_in_dim(lax.rsqrt(square + norm.eps), shape, (1,))
+
+    def column(part: jax.Array, at: int) -> jax.Array:
+        return lax.broadcast_in_dim(jnp.sum(jnp.where(_token_of(shape) == at, part, 0.0), axis=1), shape, (0,))
+
+    found = []
+    for part in parts:
+        y = part
+        if mean is not None:
+            y = y - lax.broadcast_in_dim(mean, shape, (1,)) * column(part, m)
+        y = y * size
+        if norm.bias is not None:
+            y = y + column(part, m + layer)
+        found.append(y)
+    return found
