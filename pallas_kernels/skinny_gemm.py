@@ -75,7 +75,7 @@ class Tuning:
         splits: parts of K, one a block; at most 8.
         reduce: ``cluster`` adds the parts up inside the kernel; ``memory`` writes them out in float32 and leaves the
             sum and the epilogue to XLA, which is what interpret mode can run.
-        fuse_norm: normalise inside the kernel, or else before it, as is done for float16 and where 64 does not divide K.
+        fuse_norm: normalise inside the kernel, or else before it, as for float16 and where 64 does not divide K.
         overlap: start to fetch the weight while the previous kernel still runs. The weight must not be written by that
             kernel; parameters of the jitted function never are.
     """
@@ -272,7 +272,7 @@ def tuning_for(
     fuse_norm = not (many and weight_bytes < 1)
     tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8, fuse_norm=fuse_norm)
     size = functools.partial(shared_bytes, rows=rows, gated=gated, norm=norm, weight_bytes=weight_bytes)
-    while size(dataclasses.replace(tuning, stages=2)) > room:
+    while tuning.tile_k > 128 and size(dataclasses.replace(tuning, stages=2)) > room:
         tuning = dataclasses.replace(tuning, tile_k=tuning.tile_k // 2)
     while tuning.stages > 2 and size(tuning) > room:
         tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)

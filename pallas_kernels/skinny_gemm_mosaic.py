@@ -140,7 +140,7 @@ def run(
             count = (split + 1) * tiles // splits - first
 
         def copies(i: Any, *names: str) -> None:
-            """Fetch parts of a tile. Every thread that issues a copy arrives at its barrier, so one warp issues each."""
+            """Fetch parts of a tile. All threads that issue a copy arrive at its barrier, so one warp issues each."""
             slot, own = lax.rem(i, stages), pl.ds(channel, rows)
             inputs, lines = (pl.ds((first + i) * size, size) for size in (tile_k, tile_k // line))
             sources = {
