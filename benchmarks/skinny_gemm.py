@@ -191,13 +191,15 @@ def copy_bandwidth(nbytes: int) -> float:
 def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
     """The kernel's own choice, its neighbours, and then a grid; rings fill what two, or one, blocks an SM have."""
     chosen = shape.chosen(rows)
-    wanted: list[tuple[int, dict[str, Any]]] = [(2, {}), (2, {"tile_k": chosen.tile_k // 2})]
-    wanted += [(2, {"splits": 1 if chosen.splits > 1 else 2}), (2, {"overlap": False}), (1, {})]
+    share = 1 if rows > 32 else 2 if shape.bits == 16 else 3
+    wanted: list[tuple[int, dict[str, Any]]] = [(share, {})]
     if shape.normed:
-        wanted.insert(1, (2, {"fuse_norm": False}))
-    wanted += [(1, {"tile_k": chosen.tile_k * 2}), (2, {"splits": 4}), (2, {"tile_k": chosen.tile_k * 2}), (3, {})]
+        wanted.append((share, {"fuse_norm": False}))
+    wanted += [(share % 3 + 1, {}), (share, {"tile_k": chosen.tile_k // 2}), (share, {"overlap": False})]
+    wanted += [(share, {"splits": chosen.splits + 1}), (share - 1 or 3, {"tile_k": chosen.tile_k * 2})]
+    wanted += [(4, {"tile_k": chosen.tile_k // 2}), (share, {"splits": max(1, chosen.splits - 1)})]
     wanted.append((2, {"reduce": "memory", "splits": 2}))
-    for channels, tile_k, splits in itertools.product((64, 128), (128, 256, 512, 1024, 64), (1, 2, 4)):
+    for channels, tile_k, splits in itertools.product((64, 128), (128, 256, 512, 1024, 64), (1, 2, 3, 4)):
         wanted.append((2, {"rows": channels, "tile_k": tile_k, "splits": splits}))
     seen = set()
     for blocks, change in wanted:

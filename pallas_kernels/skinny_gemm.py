@@ -38,6 +38,9 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 QUANTIZED = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
 """Dtypes of a weight that comes with factors."""
 
+SMS = 132
+"""SMs of an H100 (SXM) and an H200."""
+
 SMEM_PER_SM = 227 * 1024
 """Shared memory that blocks of an SM of Hopper share; each block also takes 1 KiB for the system."""
 
@@ -253,30 +256,38 @@ def _channels(
 def tuning_for(
     rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> Tuning:
-    """Choose how the kernel divides a product: two blocks on an SM, tiles of up to 32 KiB, of which three fit.
+    """Choose how the kernel divides a product: blocks that load all SMs alike, and large tiles.
 
-    Fetching a tile costs an SM hundreds of cycles whatever its size, since the threads of a warp arrive one by one at
-    its barrier; so tiles are large.
+    An SM draws no more from the memory while others are idle (about 30 GB/s on an H200), so the time is that of the
+    SM with the most to fetch.
     """
     many = rows > 32
-    parts, room = 1 + gated, (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
+    # A quantized weight is widened by the same threads that wait for it: more blocks, and smaller, hide that.
+    share = 1 if many else 2 if weight_bytes == 2 else 3
+    parts, room = 1 + gated, SMEM_PER_SM // share - 1024
     # With many rows, more channels a block, so that x is fetched less often; else fewer, so that there are more blocks.
     channels = 128 if many and not gated and weight_bytes == 2 else 64
-    tile_k = int(32 * 1024 / (channels * parts * weight_bytes))
+    tile_k = int((32 if weight_bytes == 2 else 16) * 1024 / (channels * parts * weight_bytes))
     while tile_k > 128 and (tile_k >= 2 * k or padded_rows(rows, norm) * tile_k * 2 > 16 * 1024):
         tile_k //= 2
-    blocks, splits = -(-n // channels), 1
-    while splits < 4 and not gated and blocks <= (264, 33)[splits > 1] and k // (splits * 2) >= 2 * tile_k:
-        splits *= 2
     # With groups and many rows, registers hold two sums and a tile of the weight: the norm's sums would spill.
     fuse_norm = not (many and weight_bytes < 1)
-    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8, fuse_norm=fuse_norm)
+    tuning = Tuning(rows=channels, tile_k=tile_k, stages=8, fuse_norm=fuse_norm)
+    most = max(1, min(8, k // (2 * tile_k)))
+    balances = {splits: balance(-(-n // channels) * splits) for splits in range(1, most + 1)}
+    splits = min(splits for splits, even in balances.items() if even > max(balances.values()) - 0.05)
+    tuning = dataclasses.replace(tuning, splits=splits)
     size = functools.partial(shared_bytes, rows=rows, gated=gated, norm=norm, weight_bytes=weight_bytes)
     while tuning.tile_k > 128 and size(dataclasses.replace(tuning, stages=2)) > room:
         tuning = dataclasses.replace(tuning, tile_k=tuning.tile_k // 2)
     while tuning.stages > 2 and size(tuning) > room:
         tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
     return tuning
+
+
+def balance(blocks: int) -> float:
+    """The share of the SMs' time that is used when blocks are dealt out evenly."""
+    return blocks / (SMS * -(-blocks // SMS))
 
 
 def weight_bits(dtype: Any) -> int:

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.skinny_gemm import QUANTIZED, Activation, InputNorm, Tuning, epilogue, padded_rows
+from pallas_kernels.skinny_gemm import QUANTIZED, Activation, InputNorm, Tuning, epilogue, padded_rows, weight_bits
 
 ACC = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -51,10 +51,11 @@ def run(
     grouped = weight_scale is not None and weight_scale.ndim == 3
     group = k // weight_scale.shape[1] if weight_scale is not None and grouped else tile_k
     groups = tile_k // group
-    strip = min(tile_k, 128, group)
+    quantized = weight.dtype in QUANTIZED
+    # What is loaded of a quantized tile at once: lines of 128 bytes.
+    strip = min(tile_k, 8 * 128 // weight_bits(weight.dtype)) if quantized else tile_k
     # Vectors over K are matrices: a copy has at most 256 entries along each axis.
     line = 64 if k % 128 or tile_k % 128 else 128
-    quantized = weight.dtype in QUANTIZED
     in_memory = splits > 1 and tuning.reduce == "memory"
     in_cluster = splits > 1 and not in_memory
     finish = not in_memory
@@ -88,7 +89,7 @@ def run(
         "weight_smem": plgpu.SMEM(
             (stages, parts, rows, tile_k),
             weight.dtype,
-            transforms=_tiled(strip if quantized else tile_k, weight.dtype, k),
+            transforms=_tiled(strip, weight.dtype, k),
         ),
         "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
@@ -139,8 +140,8 @@ def run(
         if tiles % splits:
             count = (split + 1) * tiles // splits - first
 
-        def copies(i: Any, *names: str) -> None:
-            """Fetch parts of a tile. All threads that issue a copy arrive at its barrier, so one warp issues each."""
+        def fetch(i: Any, *names: str) -> None:
+            """Fetch parts of a tile."""
             slot, own = lax.rem(i, stages), pl.ds(channel, rows)
             inputs, lines = (pl.ds((first + i) * size, size) for size in (tile_k, tile_k // line))
             sources = {
@@ -150,16 +151,8 @@ def run(
                 "scale": lambda: gmem["scale"].at[lines],
                 "shift": lambda: gmem["shift"].at[lines],
             }
-
-            def issue(warp: Any) -> None:
-                for n, name in enumerate(names):
-
-                    @pl.when(warp == n % 4)
-                    def _(name: str = name) -> None:
-                        target = smem[f"{name}_smem"].at[slot]
-                        plgpu.copy_gmem_to_smem(sources[name](), target, smem["full"].at[slot])
-
-            plgpu.warp_map(issue)
+            for name in names:
+                plgpu.copy_gmem_to_smem(sources[name](), smem[f"{name}_smem"].at[slot], smem["full"].at[slot])
 
         parameters = [name for name in ("weight", "group", "scale", "shift") if name in gmem]
 
@@ -182,13 +175,13 @@ def run(
             plgpu.copy_gmem_to_smem(source, smem["residual_smem"], smem["extra"])
 
         ring = jnp.minimum(count, stages)
-        pl.loop(0, ring)(lambda i: copies(i, *parameters))
+        pl.loop(0, ring)(lambda i: fetch(i, *parameters))
         if vectors:
             when_leader(fetch_vectors)
         if tuning.overlap:
             plgpu.griddepcontrol_launch_dependents()
             plgpu.griddepcontrol_wait()
-        pl.loop(0, ring)(lambda i: copies(i, "x"))
+        pl.loop(0, ring)(lambda i: fetch(i, "x"))
         if "residual" in gmem:
             when_leader(fetch_residual)
 
@@ -224,21 +217,26 @@ def run(
                 value = value if dtype == jnp.float16 else value.astype(jnp.float32)
             return value.astype(dtype)
 
-        def multiply_tile(acc: Any, slot: Any, part: int, start: int = 0, size: int = tile_k) -> None:
-            """Add the product of ``size`` inputs of a tile to ``acc``; a quantized weight is widened on its way."""
-            tile, x_tile = smem["weight_smem"].at[slot, part], smem["x_smem"].at[slot]
+        def loaded(slot: Any, part: int, start: int) -> Any:
+            """A strip of a quantized tile, in registers."""
             if not quantized:
-                inner = pl.ds(start, size)
-                plgpu.wgmma(acc, tile.at[:, inner], x_tile.at[:, inner].T)
-                return
+                return None
             layout = plgpu.Layout.WGMMA_UPCAST_4X if weight.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
+            tile = smem["weight_smem"].at[slot, part, :, pl.ds(start, strip)]
+            return plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC)
+
+        def multiply_strip(acc: Any, slot: Any, part: int, start: int, packed: Any, offset: int, size: int) -> None:
+            """Add the product of ``size`` inputs of the strip at ``start`` to ``acc``."""
+            x_tile = smem["x_smem"].at[slot]
+            if not quantized:
+                inputs = pl.ds(start + offset, size)
+                plgpu.wgmma(acc, smem["weight_smem"].at[slot, part, :, inputs], x_tile.at[:, inputs].T)
+                return
             # While the tensor cores have one piece, the next is widened.
-            for at in range(start, start + size, strip):
-                packed = plgpu.layout_cast(plgpu.load(tile.at[:, pl.ds(at, strip)], layout=layout), ACC)
-                for piece in range(0, strip, 64):
-                    operand = widened(packed[:, piece : piece + 64])
-                    plgpu.wgmma(acc, operand, x_tile.at[:, pl.ds(at + piece, 64)].T)
-                    plgpu.wgmma_wait(1)  # of those before, the registers may be used again
+            for piece in range(offset, offset + size, 64):
+                operand = widened(packed[:, piece : piece + 64])
+                plgpu.wgmma(acc, operand, x_tile.at[:, pl.ds(start + piece, 64)].T)
+                plgpu.wgmma_wait(1)  # of those before, the registers may be used again
 
         accumulator = plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)
 
@@ -250,7 +248,7 @@ def run(
         def refill(i: Any) -> None:
             @pl.when(i + stages < count)
             def _() -> None:
-                copies(i + stages, *parameters, "x")
+                fetch(i + stages, *parameters, "x")
 
         def multiply(*accs: Any) -> tuple[jax.Array, ...]:
             """Keep the sums over all of K in the accumulators of the tensor cores."""
@@ -258,7 +256,8 @@ def run(
             def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 slot, sums = arrived(i, sums)
                 for part in range(parts):
-                    multiply_tile(accs[part], slot, part)
+                    for start in range(0, tile_k, strip):
+                        multiply_strip(accs[part], slot, part, start, loaded(slot, part, start), 0, strip)
                 plgpu.wgmma_wait(0)
                 refill(i)
                 return sums
@@ -272,15 +271,20 @@ def run(
             def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 slot, sums = arrived(i, carry[parts:])
                 totals = list(carry[:parts])
-                for part, g in itertools.product(range(parts), range(groups)):
+                for part, start in itertools.product(range(parts), range(0, tile_k, strip)):
+                    packed = loaded(slot, part, start)
+                    for offset in range(0, strip, group):
 
-                    def product(acc: Any, part: int = part, g: int = g) -> jax.Array:
-                        multiply_tile(acc, slot, part, g * group, group)
-                        return acc[...]
+                        def product(
+                            acc: Any, place: tuple[Any, ...] = (slot, part, start, packed, offset)
+                        ) -> jax.Array:
+                            multiply_strip(acc, *place, group)
+                            return acc[...]
 
-                    factor = plgpu.load(smem["group_smem"].at[slot, part, g], layout=ACC.reduce(1), optimized=False)
-                    factor = lax.broadcast_in_dim(factor, (rows, tokens), (0,))
-                    totals[part] = totals[part] + pl.run_scoped(product, accumulator) * factor
+                        source = smem["group_smem"].at[slot, part, (start + offset) // group]
+                        factor = plgpu.load(source, layout=ACC.reduce(1), optimized=False)
+                        factor = lax.broadcast_in_dim(factor, (rows, tokens), (0,))
+                        totals[part] = totals[part] + pl.run_scoped(product, accumulator) * factor
                 refill(i)
                 return (*totals, *sums)
 

@@ -62,7 +62,7 @@ def test_a_scale_goes_with_a_quantized_weight():
     refused(x, int4, r"must be \(2, 32\) or \(1, 32\), got \(4, 32\)", weight_scale=jnp.ones((4, 32)))
     refused(x[:, :96], int4[:, :96], "groups of 64 or 128, which do not divide K", weight_scale=jnp.ones((3, 32)))
     half, two = x.astype(jnp.bfloat16), jnp.ones((2, 32))
-    refused(half, int4, "tile_k must be the group, 64", weight_scale=two, implementation="mosaic", tuning=Tuning())
+    refused(half, int4, "group, 64", weight_scale=two, implementation="mosaic", tuning=Tuning(tile_k=32))
 
 
 def test_what_the_kernel_cannot_run_is_refused_and_says_what_runs():
