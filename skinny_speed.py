@@ -1,6 +1,6 @@
 """First look at the kernel with large tiles: one row, four products, int8, int4, bf16, fp8.
 
-    PYTHONPATH=$PWD python skinny_speed.py [seconds] [out.json]
+PYTHONPATH=$PWD python skinny_speed.py [seconds] [out.json]
 """
 
 import itertools
@@ -38,4 +38,6 @@ for name in ("gpt2-xl up", "int4 groups of 64"):
         given = operands_of(shapes)
         with jax.default_matmul_precision("highest"):
             wanted = jax.jit(go.reference)(*bench.widened(given))
-        run.save(f"{name}: error {bench.error(jax.jit(go)(*given), wanted):.2e}, reference {bench.error(go.reference(*given), wanted):.2e}")
+        run.save(
+            f"{name}: error {bench.error(jax.jit(go)(*given), wanted):.2e}, reference {bench.error(go.reference(*given), wanted):.2e}"
+        )

@@ -2,11 +2,11 @@
 
     python benchmarks/skinny_gemm.py --out benchmarks/results/skinny_gemm_h200.json
 
-In one process of about two minutes (``--seconds``), and in this order, so that a run cut short still has what matters:
-the copy bandwidth; the kernel's numbers against float32 over the forms it has; for one row, many ways to divide each
-product (:class:`pallas_kernels.skinny_gemm.Tuning`); an MLP of eight layers, each product waiting for the one before,
-as decode has them; int8 and int4 weights; and the best tunings again for 16, 64 and 8 rows. Every step
-writes the JSON.
+In one process of about 100 seconds (``--seconds``), and in this order, so that a run cut short still has what matters:
+the copy bandwidth; for one row, some ways to divide each product (:class:`pallas_kernels.skinny_gemm.Tuning`), with
+weights of bfloat16, int8, int4 and float8_e4m3fn; an MLP of eight layers, each product waiting for the one before, as
+decode has them; then 16 and 64 rows. Every product is compared with float32, and every step writes the JSON.
+``--numerics`` compares the other forms that the kernel has instead: norms, biases, activations, odd sizes.
 
 A figure is the time of one product in a jit of many, each with a weight of its own, 1 GB and more together, so that
 nothing comes from the L2 cache: host dispatch is hidden, launches and tails are not.
@@ -272,6 +272,8 @@ class Bench:
             # Those of the 7B layer are compared where they are timed.
             if name.startswith("7b") or (self.rehearse and not name.startswith("ragged")):
                 continue
+            if self.late():
+                break
             run, shapes = make()
             given = operands_of(shapes)
             try:
@@ -340,14 +342,6 @@ class Bench:
             entry["best"] = ranked[0]
             self.save(f"    best {ranked[0]['us']} us, {ranked[0]['share_of_copy']} of copy bandwidth")
 
-    def again(self, shape: Shape, rows: int) -> Iterator[Tuning]:
-        """The kernel's choice for these rows, then what was best for one row, with rings that fit."""
-        yield shape.chosen(rows)
-        for tuning in self.best.get(shape.name, [])[:3]:
-            if fitting := shape.fit(tuning, rows, SMEM_PER_SM - 1024):
-                yield fitting
-        yield from list(tunings(shape, rows))[1:]
-
     def mlp(self, rows: int, layers: int = 8) -> None:
         """Time the MLP of some layers, x through all of them, with XLA and with the best tunings for one row."""
         up, down = self.shapes[2], self.shapes[3]
@@ -392,20 +386,19 @@ class Bench:
     def run(self) -> None:
         """Everything, the most wanted first."""
         self.limits()
-        self.numerics()
+        kinds = {dtype: [s.quantized(dtype) for s in self.shapes] for dtype in QUANTIZED}
         for shape in self.shapes:
-            self.products(shape, 1, tunings(shape, 1))
+            self.products(shape, 1, itertools.islice(tunings(shape, 1), 6))
+        for shapes in kinds.values():
+            for shape in shapes:
+                if not self.late():
+                    self.products(shape, 1, itertools.islice(tunings(shape, 1), 3))
         self.held = (None, [])
         self.mlp(1)
-        for shape in self.shapes:
-            for dtype in QUANTIZED:
+        for shapes in (self.shapes, kinds[jnp.int8], kinds[jnp.int4]):
+            for shape, rows in itertools.product(shapes, (16, 64)):
                 if not self.late():
-                    quantized = shape.quantized(dtype)
-                    self.products(quantized, 1, itertools.islice(tunings(quantized, 1), 5))
-        for shape in self.shapes:
-            for rows in (16, 64, 8):
-                if not self.late():
-                    self.products(shape, rows, self.again(shape, rows))
+                    self.products(shape, rows, itertools.islice(tunings(shape, rows), 2))
         self.held = (None, [])
         if not self.late():
             self.mlp(16)
@@ -436,14 +429,16 @@ def main() -> None:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON to write")
-    parser.add_argument("--seconds", type=float, default=105.0, help="after which no new configuration is tried")
+    parser.add_argument("--seconds", type=float, default=100.0, help="after which no new configuration is tried")
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, without the kernel")
     parser.add_argument("--compile", type=int, metavar="N", help="compile N tunings a shape for an H200, and stop")
+    parser.add_argument("--numerics", action="store_true", help="compare the forms of the kernel, time nothing")
     arguments = parser.parse_args()
     if arguments.compile:
         compile_all(arguments.compile)
     else:
-        Bench(arguments.out, arguments.seconds, arguments.rehearse).run()
+        bench = Bench(arguments.out, arguments.seconds, arguments.rehearse)
+        bench.numerics() if arguments.numerics else bench.run()
 
 
 if __name__ == "__main__":

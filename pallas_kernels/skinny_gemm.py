@@ -217,7 +217,7 @@ def skinny_gemm(
     if whole := weight.shape[-2] % 8:
         # Tiles have 8 channels. XLA hands a kernel the first channels of an array without a copy.
         whole = weight.shape[-2] - whole
-        given = {"bias": bias, "residual": residual, "weight_scale": weight_scale}
+        given: dict[str, jax.Array | None] = {"bias": bias, "residual": residual, "weight_scale": weight_scale}
         part = functools.partial(_channels, x, weight, norm=norm, activation=activation, given=given)
         y = part(slice(0, whole), implementation="mosaic", tuning=tuning, interpret=interpret)
         return jnp.concatenate((y, part(slice(whole, None), implementation="reference")), axis=1)
@@ -241,7 +241,7 @@ def skinny_gemm(
     if interpret:
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
         tuning, weight = dataclasses.replace(tuning, overlap=False, reduce="memory"), weight.astype(x.dtype)
-    _check_tuning(tuning, *x.shape, gated, norm, size)
+    _check_tuning(tuning, x.shape[0], x.shape[1], gated, norm, size)
     return skinny_gemm_mosaic.run(x, weight, norm=norm, **rest, tuning=tuning, interpret=interpret)
 
 
@@ -249,7 +249,7 @@ def _channels(
     x: jax.Array, weight: jax.Array, channels: slice, *, given: dict[str, jax.Array | None], **rest: Any
 ) -> jax.Array:
     """The product for some of the output channels."""
-    own = {name: array if array is None else array[..., channels] for name, array in given.items()}
+    own: dict[str, Any] = {name: array if array is None else array[..., channels] for name, array in given.items()}
     return skinny_gemm(x, weight[channels], **own, **rest)
 
 

@@ -276,9 +276,9 @@ def run(
                     for offset in range(0, strip, group):
 
                         def product(
-                            acc: Any, place: tuple[Any, ...] = (slot, part, start, packed, offset)
+                            acc: Any, part: int = part, start: int = start, packed: Any = packed, offset: int = offset
                         ) -> jax.Array:
-                            multiply_strip(acc, *place, group)
+                            multiply_strip(acc, slot, part, start, packed, offset, group)
                             return acc[...]
 
                         source = smem["group_smem"].at[slot, part, (start + offset) // group]
