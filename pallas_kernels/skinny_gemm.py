@@ -273,10 +273,10 @@ def tuning_for(
 ) -> Tuning:
     """Choose how the kernel divides a product: blocks that load all SMs alike, and large tiles.
 
-    By what was measured on an H200 with one row of a 7B layer. bfloat16: tiles of 32 KiB, two blocks on an SM. Before
-    quantized tiles were widened in pieces, which changed nothing for bfloat16, qkv took 32.0 us with two splits, 34.3
-    with one and 34.7 with four; gate and up 52.4 with one and 54.8 with two. With three, which balance best, they took
-    57.1 in a later run, so a gated weight is not split. Quantized weights: smaller tiles and three blocks; with int8,
+    By what was measured on an H200 with one row of a 7B layer. bfloat16: tiles of 32 KiB, two blocks on an SM. In an
+    earlier form of the kernel, qkv took 32.0 us with two splits, 34.3 with one and 34.7 with four; gate and up 52.4
+    with one and 54.8 with two. In this form, with three, which balance best, they took 57.1, so a gated weight is not
+    split. Quantized weights: smaller tiles and three blocks; with int8,
     gate and up took 47.0 us with the norm inside the kernel, 41.1 with it before. More rows have not been measured.
     """
     many = rows > 32
