@@ -2,11 +2,11 @@
 
     python benchmarks/skinny_gemm.py --out benchmarks/results/skinny_gemm_h200.json
 
-In one process of about two minutes (``--seconds``), and in this order, so that a run cut short still has what matters:
-the copy bandwidth; the kernel's numbers against float32 over the forms it has; for one row, many ways to divide each
-product (:class:`pallas_kernels.skinny_gemm.Tuning`); an MLP of eight layers, each product waiting for the one before,
-as decode has them; int8 and int4 weights; and the best tunings again for 16, 64 and 8 rows. Every step
-writes the JSON.
+In one process of about 100 seconds (``--seconds``), and in this order, so that a run cut short still has what matters:
+the copy bandwidth; for one row, some ways to divide each product (:class:`pallas_kernels.skinny_gemm.Tuning`), with
+weights of bfloat16, int8, int4 and float8_e4m3fn; an MLP of eight layers, each product waiting for the one before, as
+decode has them; then 16 and 64 rows. Every product is compared with float32, and every step writes the JSON.
+``--numerics`` compares the other forms that the kernel has instead: norms, biases, activations, odd sizes.
 
 A figure is the time of one product in a jit of many, each with a weight of its own, 1 GB and more together, so that
 nothing comes from the L2 cache: host dispatch is hidden, launches and tails are not.
@@ -36,6 +36,7 @@ from machine import describe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pallas_kernels.skinny_gemm import (
+    QUANTIZED,
     SMEM_PER_SM,
     InputNorm,
     Tuning,
@@ -43,6 +44,7 @@ from pallas_kernels.skinny_gemm import (
     shared_bytes,
     skinny_gemm,
     tuning_for,
+    weight_bits,
 )
 
 BF16 = jnp.bfloat16
@@ -60,12 +62,18 @@ class Shape:
     gated: bool = False
     normed: bool = False
     residual: bool = False
-    bits: int = 16
+    dtype: Any = BF16
+
+    @property
+    def bits(self) -> int:
+        """Bits of an entry of the weight."""
+        return weight_bits(self.dtype)
 
     @property
     def norm(self) -> InputNorm | None:
-        """The norm, without its weights."""
-        return InputNorm(kind="rms", eps=1e-5) if self.normed else None
+        """The norm; its scale has a shape only."""
+        scale: Any = jax.ShapeDtypeStruct((self.k,), BF16)
+        return InputNorm(kind="rms", eps=1e-5, scale=scale) if self.normed else None
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -79,27 +87,27 @@ class Shape:
 
     def make(self, key: jax.Array) -> jax.Array:
         """Make a weight that keeps the size of x."""
-        if self.bits < 16:
+        if self.dtype in (jnp.int8, jnp.int4):
             limit = 2 ** (self.bits - 1)
-            made = jax.random.randint(key, self.weight, 1 - limit, limit, jnp.int8)
-            return made.astype(jnp.int4) if self.bits == 4 else made
-        return jax.random.normal(key, self.weight, BF16) * BF16(self.k**-0.5)
+            return jax.random.randint(key, self.weight, 1 - limit, limit, jnp.int8).astype(self.dtype)
+        normal = jax.random.normal(key, self.weight, BF16)
+        return (normal * BF16(self.k**-0.5 if self.dtype == BF16 else 64.0)).astype(self.dtype)
 
     def fit(self, tuning: Tuning, rows: int, room: int) -> Tuning | None:
-        """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if two do not."""
-        size = functools.partial(shared_bytes, rows=rows, gated=self.gated, norm=self.norm, weight_bytes=self.bits / 8)
+        """The tuning with as many stages, up to its own, as fit into ``room`` bytes; None if none do."""
+        kept: dict[str, Any] = {"norm": self.norm, "weight_bytes": self.bits / 8}
+        size = functools.partial(shared_bytes, rows=rows, gated=self.gated, **kept)
         while tuning.stages > 2 and size(tuning) > room:
             tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
         return tuning if size(tuning) <= room else None
 
     def chosen(self, rows: int) -> Tuning:
         """The kernel's own choice."""
-        tuning = tuning_for(rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=self.bits / 8)
-        return dataclasses.replace(tuning, tile_k=GROUP) if self.bits == 4 else tuning
+        return tuning_for(rows, self.n, self.k, gated=self.gated, norm=self.norm, weight_bytes=self.bits / 8)
 
-    def quantized(self, bits: int) -> Shape:
+    def quantized(self, dtype: Any) -> Shape:
         """The same with a quantized weight."""
-        return dataclasses.replace(self, name=f"{self.name}, int{bits}", bits=bits)
+        return dataclasses.replace(self, name=f"{self.name}, {jnp.dtype(dtype).name}", dtype=dtype)
 
     def smaller(self) -> Shape:
         """The same, to rehearse with."""
@@ -128,7 +136,8 @@ def operands(shape: Shape, rows: int, key: jax.Array) -> Operands:
     if shape.bits < 16:
         *halves, n, k = shape.weight
         scales = (*halves, n) if shape.bits == 8 else (*halves, k // GROUP, n)
-        made["weight_scale"] = jnp.full(scales, 1 / (0.57 * 2 ** (shape.bits - 1) * k**0.5), jnp.float32)
+        size = 64 if shape.dtype == jnp.float8_e4m3fn else 0.57 * 2 ** (shape.bits - 1)
+        made["weight_scale"] = jnp.full(scales, 1 / (size * k**0.5), jnp.float32)
     return made
 
 
@@ -180,29 +189,28 @@ def copy_bandwidth(nbytes: int) -> float:
 
 
 def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
-    """The kernel's own choice, without its overlap, and then a grid: full rings for one and for two blocks an SM."""
+    """The kernel's own choice, its neighbours, and then a grid; rings fill what two, or one, blocks an SM have."""
     chosen = shape.chosen(rows)
-    seen = {chosen}
-    yield chosen
-    extra = [dataclasses.replace(chosen, overlap=False)]
+    share = 1 if rows > 32 else 2 if shape.bits == 16 else 3
+    wanted: list[tuple[int, dict[str, Any]]] = [(share, {})]
     if shape.normed:
-        extra.append(dataclasses.replace(chosen, fuse_norm=False))
-    if chosen.splits > 1:
-        extra.append(dataclasses.replace(chosen, reduce="memory"))
-    for blocks in (2, 1, 3):
-        for splits in (1, 2, 4):
-            for channels, tile_k in ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256)):
-                tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=12)
-                fitting = shape.fit(tuning, rows, SMEM_PER_SM // blocks - 1024)
-                grid = -(-shape.n // channels) * splits
-                if shape.bits == 4 and tile_k != GROUP:
-                    continue
-                if fitting and 100 <= grid <= 800 and splits * tile_k * 2 <= shape.k:
-                    extra.append(fitting)
-    for tuning in extra:
-        if tuning not in seen:
-            seen.add(tuning)
-            yield tuning
+        wanted.append((share, {"fuse_norm": False}))
+    wanted += [(share % 3 + 1, {}), (share, {"tile_k": chosen.tile_k // 2}), (share, {"overlap": False})]
+    wanted += [(share, {"splits": chosen.splits + 1}), (share - 1 or 3, {"tile_k": chosen.tile_k * 2})]
+    wanted += [(4, {"tile_k": chosen.tile_k // 2}), (share, {"splits": max(1, chosen.splits - 1)})]
+    wanted.append((2, {"reduce": "memory", "splits": 2}))
+    for channels, tile_k, splits in itertools.product((64, 128), (128, 256, 512, 1024, 64), (1, 2, 3, 4)):
+        wanted.append((2, {"rows": channels, "tile_k": tile_k, "splits": splits}))
+    seen = set()
+    for blocks, change in wanted:
+        tuning = dataclasses.replace(chosen, stages=8, **change)
+        fitting = shape.fit(tuning, rows, SMEM_PER_SM // blocks - 1024)
+        grid = -(-shape.n // tuning.rows) * tuning.splits
+        if shape.bits == 4 and tuning.tile_k % GROUP:
+            continue
+        if fitting and fitting not in seen and tuning.tile_k >= 64 and 50 <= grid <= 800:
+            seen.add(fitting)
+            yield fitting
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -264,6 +272,8 @@ class Bench:
             # Those of the 7B layer are compared where they are timed.
             if name.startswith("7b") or (self.rehearse and not name.startswith("ragged")):
                 continue
+            if self.late():
+                break
             run, shapes = make()
             given = operands_of(shapes)
             try:
@@ -317,7 +327,10 @@ class Bench:
             except Exception as failure:
                 result["failure"] = f"{type(failure).__name__}: {failure}"[:500]
             entry["mosaic"].append(result)
-            short = {name: result.get(name) for name in ("rows", "tile_k", "stages", "splits", "overlap", "reduce")}
+            short = {
+                name: result.get(name)
+                for name in ("rows", "tile_k", "stages", "splits", "fuse_norm", "overlap", "reduce")
+            }
             self.save(f"    {result.get('us')} us, error {result.get('error')}, {short} {result.get('failure', '')}")
         right = [r for r in entry["mosaic"] if "us" in r and r["error"] < 2 * entry["xla"]["error"] + 1e-3]
         names = {field.name for field in dataclasses.fields(Tuning)}
@@ -328,14 +341,6 @@ class Bench:
         if ranked:
             entry["best"] = ranked[0]
             self.save(f"    best {ranked[0]['us']} us, {ranked[0]['share_of_copy']} of copy bandwidth")
-
-    def again(self, shape: Shape, rows: int) -> Iterator[Tuning]:
-        """The kernel's choice for these rows, then what was best for one row, with rings that fit."""
-        yield shape.chosen(rows)
-        for tuning in self.best.get(shape.name, [])[:3]:
-            if fitting := shape.fit(tuning, rows, SMEM_PER_SM - 1024):
-                yield fitting
-        yield from list(tunings(shape, rows))[1:]
 
     def mlp(self, rows: int, layers: int = 8) -> None:
         """Time the MLP of some layers, x through all of them, with XLA and with the best tunings for one row."""
@@ -381,20 +386,19 @@ class Bench:
     def run(self) -> None:
         """Everything, the most wanted first."""
         self.limits()
-        self.numerics()
+        kinds = {dtype: [s.quantized(dtype) for s in self.shapes] for dtype in QUANTIZED}
         for shape in self.shapes:
-            self.products(shape, 1, tunings(shape, 1))
+            self.products(shape, 1, itertools.islice(tunings(shape, 1), 6))
+        for shapes in kinds.values():
+            for shape in shapes:
+                if not self.late():
+                    self.products(shape, 1, itertools.islice(tunings(shape, 1), 3))
         self.held = (None, [])
         self.mlp(1)
-        for shape in self.shapes:
-            for bits in (8, 4):
+        for shapes in (self.shapes, kinds[jnp.int8], kinds[jnp.int4]):
+            for shape, rows in itertools.product(shapes, (16, 64)):
                 if not self.late():
-                    quantized = shape.quantized(bits)
-                    self.products(quantized, 1, itertools.islice(tunings(quantized, 1), 5))
-        for shape in self.shapes:
-            for rows in (16, 64, 8):
-                if not self.late():
-                    self.products(shape, rows, self.again(shape, rows))
+                    self.products(shape, rows, itertools.islice(tunings(shape, rows), 2))
         self.held = (None, [])
         if not self.late():
             self.mlp(16)
@@ -406,8 +410,9 @@ def compile_all(limit: int) -> None:
     from tests.aot import compiler
 
     compile_one = compiler()
+    quantized = [s.quantized(dtype) for dtype in QUANTIZED for s in SHAPES]
     for rows in (1, 8, 16, 64):
-        for shape in (*SHAPES, *(s.quantized(bits) for bits in (8, 4) for s in SHAPES)):
+        for shape in (*SHAPES, *quantized):
             given = jax.eval_shape(lambda key, s=shape, m=rows: operands(s, m, key), jax.random.key(0))
             weight = jax.eval_shape(shape.make, jax.random.key(0))
             for tuning in list(tunings(shape, rows))[:limit]:
@@ -424,14 +429,16 @@ def main() -> None:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON to write")
-    parser.add_argument("--seconds", type=float, default=105.0, help="after which no new configuration is tried")
+    parser.add_argument("--seconds", type=float, default=100.0, help="after which no new configuration is tried")
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, without the kernel")
     parser.add_argument("--compile", type=int, metavar="N", help="compile N tunings a shape for an H200, and stop")
+    parser.add_argument("--numerics", action="store_true", help="compare the forms of the kernel, time nothing")
     arguments = parser.parse_args()
     if arguments.compile:
         compile_all(arguments.compile)
     else:
-        Bench(arguments.out, arguments.seconds, arguments.rehearse).run()
+        bench = Bench(arguments.out, arguments.seconds, arguments.rehearse)
+        bench.numerics() if arguments.numerics else bench.run()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,30 @@ tokens its columns, of which 8 are enough, so that nothing is spent on padding 1
 partial sums up, in order, through distributed shared memory, and does the epilogue. Weights stream through a ring of
 ``stages`` tiles which starts to fill before the previous kernel has ended (programmatic dependent launch).
 
-The kernel compiles for sm_90a without spills and is right in interpret mode; it has not run on a GPU yet, so the
-reference is what runs unless the kernel is asked for by name.
+A weight of int8, int4 or float8_e4m3fn is widened in registers on its way to the tensor cores, in pieces of 64 inputs.
+
+Measured on an H200 (``benchmarks/skinny_gemm.py``, microseconds, one row, the four products of a 7B Llama layer, a norm
+and an epilogue with each; the time at copy bandwidth; XLA's product). Small kernels varied by a fifth from run to run::
+
+                        qkv   out  gate and up  down
+    bfloat16   kernel    33    21           57    28
+               XLA       45    20           62    40
+               copy      24     8           44    22
+    int8       kernel    25    13           41    24
+               XLA       39    27           54    38
+               copy      12     4           22    11
+    int4       kernel    19    19
+               XLA       30    25
+               copy       6     2
+
+In an earlier run with bfloat16, out took 14 (XLA 16), and gate and up 52 with one split, as is chosen now, where this
+run had three. Quantized weights are far from their limit: their time falls by less than their bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +50,12 @@ MAX_ROWS = 64
 """Rows up to which the kernel is made: above, x no longer is small beside the weight."""
 
 DTYPES = (jnp.bfloat16, jnp.float16)
+
+QUANTIZED = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
+"""Dtypes of a weight that comes with factors."""
+
+SMS = 132
+"""SMs of an H100 (SXM) and an H200."""
 
 SMEM_PER_SM = 227 * 1024
 """Shared memory that blocks of an SM of Hopper share; each block also takes 1 KiB for the system."""
@@ -71,7 +94,7 @@ class Tuning:
         splits: parts of K, one a block; at most 8.
         reduce: ``cluster`` adds the parts up inside the kernel; ``memory`` writes them out in float32 and leaves the
             sum and the epilogue to XLA, which is what interpret mode can run.
-        fuse_norm: normalise inside the kernel, or else before it.
+        fuse_norm: normalise inside the kernel, or else before it, as for float16 and where 64 does not divide K.
         overlap: start to fetch the weight while the previous kernel still runs. The weight must not be written by that
             kernel; parameters of the jitted function never are.
     """
@@ -181,15 +204,15 @@ def skinny_gemm(
 
     Args:
         x: [M, K]. From 9 rows on, a number that is not a multiple of 8 costs the kernel a copy of x and residual.
-        weight: [N, K], or [2, N, K] holding the gate G and the values V.
+        weight: [N, K], or [2, N, K] holding the gate G and the values V. Where N is not a multiple of 8, the kernel
+            leaves its last ``N % 8`` channels to ``jax.numpy``, and putting the two together is a copy of the result.
         norm: normalisation of the rows of ``x``.
         bias: [N], or [2, N] for a gated weight.
         activation: of the product, or of the gate.
         residual: [M, N], added last.
-        weight_scale: for a weight of int8, [N] or [2, N]: each channel's factor, applied to its sum. For int4,
-            [K / g, N] or [2, K / g, N]: the factor of each group of ``g`` inputs of a channel, g 64 or 128.
-        implementation: ``mosaic`` is the Hopper kernel for 1 to 64 rows; ``reference`` is ``jax.numpy``. None is the
-            reference, until the kernel has been measured.
+        weight_scale: for a weight of int8 or float8_e4m3fn, [N] or [2, N]: each channel's factor, applied to its sum.
+            For int4, [K / g, N] or [2, K / g, N]: the factor of each group of ``g`` inputs of a channel, g 64 or 128.
+        implementation: ``mosaic`` is the Hopper kernel for 1 to 64 rows; ``reference``, or None, is ``jax.numpy``.
         tuning: how the kernel divides the work; None asks :func:`tuning_for`.
         interpret: run the kernel on the CPU, slowly, as tests do.
 
@@ -206,6 +229,13 @@ def skinny_gemm(
     if implementation != "mosaic":
         raise ValueError(f"skinny_gemm: implementation {implementation!r} is none of 'mosaic', 'reference'")
     _check_mosaic(x, weight)
+    if whole := weight.shape[-2] % 8:
+        # Tiles have 8 channels. XLA hands a kernel the first channels of an array without a copy.
+        whole = weight.shape[-2] - whole
+        given: dict[str, jax.Array | None] = {"bias": bias, "residual": residual, "weight_scale": weight_scale}
+        part = functools.partial(_channels, x, weight, norm=norm, activation=activation, given=given)
+        y = part(slice(0, whole), implementation="mosaic", tuning=tuning, interpret=interpret)
+        return jnp.concatenate((y, part(slice(whole, None), implementation="reference")), axis=1)
     # Imported here, since it takes a second and only this implementation needs it.
     from pallas_kernels import skinny_gemm_mosaic
 
@@ -217,12 +247,11 @@ def skinny_gemm(
         group = x.shape[1] // weight_scale.shape[1]
     if tuning is None:
         tuning = tuning_for(x.shape[0], weight.shape[1], x.shape[1], gated=gated, norm=norm, weight_bytes=size)
-        tuning = dataclasses.replace(tuning, tile_k=group or tuning.tile_k)
-    if group and tuning.tile_k != group:
-        raise ValueError(f"skinny_gemm: tile_k must be the group, {group}: {tuning}")
+    if group and tuning.tile_k % group:
+        raise ValueError(f"skinny_gemm: tile_k must be a multiple of the group, {group}: {tuning}")
     # Inside the kernel, x is multiplied by the norm's scale before it is divided by its size. In float16 that may
     # overflow where the normalised value would not.
-    if norm is not None and (x.dtype == jnp.float16 or not tuning.fuse_norm):
+    if norm is not None and (x.dtype == jnp.float16 or x.shape[1] % 64 or not tuning.fuse_norm):
         x, norm = normalise(x, norm), None
     if interpret:
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
@@ -231,30 +260,50 @@ def skinny_gemm(
     return skinny_gemm_mosaic.run(x, weight, norm=norm, **rest, tuning=tuning, interpret=interpret)
 
 
+def _channels(
+    x: jax.Array, weight: jax.Array, channels: slice, *, given: dict[str, jax.Array | None], **rest: Any
+) -> jax.Array:
+    """The product for some of the output channels."""
+    own: dict[str, Any] = {name: array if array is None else array[..., channels] for name, array in given.items()}
+    return skinny_gemm(x, weight[channels], **own, **rest)
+
+
 def tuning_for(
     rows: int, n: int, k: int, *, gated: bool, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> Tuning:
-    """Choose how the kernel divides a product: enough blocks to keep the memory busy, two on an SM.
+    """Choose how the kernel divides a product: blocks that load all SMs alike, and large tiles.
 
-    Not measured yet. The figures are derived: two blocks on an SM, each with 64 KiB or more under way, is more than
-    twice what Little's law asks (4.3 TB/s at 0.7 us over 132 SMs are 23 KiB), so blocks need not come in full waves,
-    and a block of the next kernel finds room to start fetching.
+    By what was measured on an H200 with one row of a 7B layer. bfloat16: tiles of 32 KiB, two blocks on an SM. In an
+    earlier form of the kernel, qkv took 32.0 us with two splits, 34.3 with one and 34.7 with four; gate and up 52.4
+    with one and 54.8 with two. In this form, with three, which balance best, they took 57.1, so a gated weight is not
+    split. Quantized weights: smaller tiles and three blocks; with int8,
+    gate and up took 47.0 us with the norm inside the kernel, 41.1 with it before. More rows have not been measured.
     """
     many = rows > 32
-    parts, room = 1 + gated, (SMEM_PER_SM if many else SMEM_PER_SM // 2) - 1024
+    # A quantized weight is widened by the same threads that wait for it: more blocks, and smaller, hide that.
+    share = 1 if many else 2 if weight_bytes == 2 else 3
+    parts, room = 1 + gated, SMEM_PER_SM // share - 1024
     # With many rows, more channels a block, so that x is fetched less often; else fewer, so that there are more blocks.
-    channels = 64 if gated or (many and weight_bytes < 1) or (not many and n <= 160 * 64) else 128
-    blocks, slots = -(-n // channels), 132 if many else 264
-    tile_k = (64 if channels * parts > 64 else 128) * (2 if weight_bytes < 2 else 1)
-    splits = 1
-    while splits < 4 and blocks * splits * 2 <= slots and k // (splits * 2) >= 4 * tile_k:
-        splits *= 2
-    # With groups and many rows, registers hold two sums and a tile of the weight: the norm's sums would spill.
-    fuse_norm = not (many and weight_bytes < 1)
-    tuning = Tuning(rows=channels, tile_k=tile_k, splits=splits, stages=8, fuse_norm=fuse_norm)
-    while tuning.stages > 2 and shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > room:
+    channels = 128 if many and not gated and weight_bytes == 2 else 64
+    tile_k = int((32 if weight_bytes == 2 else 16) * 1024 / (channels * parts * weight_bytes))
+    while tile_k > 128 and (tile_k >= 2 * k or padded_rows(rows, norm) * tile_k * 2 > 16 * 1024):
+        tile_k //= 2
+    tuning = Tuning(rows=channels, tile_k=tile_k, stages=8, fuse_norm=weight_bytes == 2)
+    most = 1 if gated else max(1, min(8, k // (2 * tile_k)))
+    balances = {splits: balance(-(-n // channels) * splits) for splits in range(1, most + 1)}
+    splits = min(splits for splits, even in balances.items() if even > max(balances.values()) - 0.05)
+    tuning = dataclasses.replace(tuning, splits=splits)
+    size = functools.partial(shared_bytes, rows=rows, gated=gated, norm=norm, weight_bytes=weight_bytes)
+    while tuning.tile_k > 128 and size(dataclasses.replace(tuning, stages=2)) > room:
+        tuning = dataclasses.replace(tuning, tile_k=tuning.tile_k // 2)
+    while tuning.stages > 2 and size(tuning) > room:
         tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
     return tuning
+
+
+def balance(blocks: int) -> float:
+    """The share of the SMs' time that is used when blocks are dealt out evenly."""
+    return blocks / (SMS * -(-blocks // SMS))
 
 
 def weight_bits(dtype: Any) -> int:
@@ -275,12 +324,12 @@ def shared_bytes(
     tokens, parts = padded_rows(rows, norm), 1 + gated
     stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes) + tokens * tuning.tile_k * 2
     if norm is not None:
-        stage += 2 * tuning.tile_k * 4
+        stage += sum(tuning.tile_k * array.dtype.itemsize for array in (norm.scale, norm.bias) if array is not None)
     if weight_bytes < 1:
-        stage += parts * tuning.rows * 4
+        stage += parts * tuning.rows * 4 * (tuning.tile_k // 64)  # of groups of 64, the smallest
     exchange = parts * tuning.rows * tokens * 4 if tuning.splits > 1 else 0
     # The output and the residual; bias, scales, barriers, scratch of reductions, and alignment.
-    return tuning.stages * stage + exchange + 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 6 * 1024
+    return tuning.stages * stage + exchange + 2 * tuning.rows * tokens * 2 + parts * tuning.rows * 8 + 8 * 1024
 
 
 def _check(
@@ -306,14 +355,16 @@ def _check(
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"skinny_gemm: {name} must be {shape}, got {array.shape}")
-    if (weight.dtype in (jnp.int8, jnp.int4)) != (weight_scale is not None):
+    if (weight.dtype in QUANTIZED) != (weight_scale is not None):
         given = "none" if weight_scale is None else "one"
         raise ValueError(
-            f"skinny_gemm: a weight_scale goes with a weight of int8 or int4; {given} with one of {weight.dtype}"
+            "skinny_gemm: a weight_scale goes with a weight of int8, int4 or float8_e4m3fn; "
+            f"{given} with one of {weight.dtype}"
         )
     if weight_scale is not None:
         *halves, n = weight.shape[:-1]
-        shapes = [(*halves, n)] if weight.dtype == jnp.int8 else [(*halves, k // g, n) for g in (64, 128) if k % g == 0]
+        groups = [(*halves, k // g, n) for g in (64, 128) if k % g == 0]
+        shapes = groups if weight.dtype == jnp.int4 else [(*halves, n)]
         if weight_scale.shape not in shapes:
             wanted = " or ".join(map(str, shapes)) or "of groups of 64 or 128, which do not divide K"
             raise ValueError(f"skinny_gemm: weight_scale must be {wanted}, got {weight_scale.shape}")
@@ -322,15 +373,16 @@ def _check(
 def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
     """Whether the kernel can run the operands."""
     runs = (
-        f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16 (32 for int8), N of 8, x of bfloat16 or float16, "
-        "and a weight of the same dtype, int8 or int4"
+        f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16, N of at least 8 and a multiple of 8 for a gated weight, "
+        "x of bfloat16 or float16, and a weight of the same dtype, int8, int4 or float8_e4m3fn"
     )
-    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, jnp.int8, jnp.int4):
+    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, *QUANTIZED):
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype}: {runs}"
         )
-    multiple = 256 // weight_bits(weight.dtype)
-    fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % multiple == 0 and weight.shape[-2] % 8 == 0
+    # The tensor memory accelerator needs rows of whole 16 bytes, wgmma rows of x of whole 32.
+    n = weight.shape[-2]
+    fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % 16 == 0 and n >= 8 and (n % 8 == 0 or weight.ndim == 2)
     if not fits or not weight.size:
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x {x.shape} with weight {weight.shape}: {runs}"
@@ -341,7 +393,8 @@ def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNor
     """Whether the tuning makes sense for the operands."""
     if tuning.rows % 64 or tuning.tile_k % 64 or min(tuning.rows, tuning.tile_k, tuning.stages) < 1:
         raise ValueError(f"skinny_gemm: rows and tile_k must be multiples of 64, stages at least 1: {tuning}")
-    if not 1 <= tuning.splits <= min(8, -(-k // tuning.tile_k)):
+    tiles = -(-k // tuning.tile_k)
+    if not 1 <= tuning.splits <= min(8, tiles):
         raise ValueError(f"skinny_gemm: splits must be 1 to 8, and at most one for each tile of K={k}: {tuning}")
     if shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
         raise ValueError(f"skinny_gemm: more shared memory than an SM has, for {rows} rows: {tuning}")

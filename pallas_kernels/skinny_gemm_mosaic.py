@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.skinny_gemm import Activation, InputNorm, Tuning, epilogue, padded_rows
+from pallas_kernels.skinny_gemm import QUANTIZED, Activation, InputNorm, Tuning, epilogue, padded_rows, weight_bits
 
 ACC = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -48,7 +49,13 @@ def run(
     scale = None if norm is None else norm.scale
     shift = None if norm is None else norm.bias
     grouped = weight_scale is not None and weight_scale.ndim == 3
-    quantized = weight.dtype in (jnp.int8, jnp.int4)
+    group = k // weight_scale.shape[1] if weight_scale is not None and grouped else tile_k
+    groups = tile_k // group
+    quantized = weight.dtype in QUANTIZED
+    # What is loaded of a quantized tile at once: lines of 128 bytes.
+    strip = min(tile_k, 8 * 128 // weight_bits(weight.dtype)) if quantized else tile_k
+    # Vectors over K are matrices: a copy has at most 256 entries along each axis.
+    line = 64 if k % 128 or tile_k % 128 else 128
     in_memory = splits > 1 and tuning.reduce == "memory"
     in_cluster = splits > 1 and not in_memory
     finish = not in_memory
@@ -64,7 +71,7 @@ def run(
     for name, array in (("scale", scale), ("shift", shift)):
         if array is not None:
             names.append(name)
-            operands.append(array)
+            operands.append(array.reshape(-1, line))
     if weight_scale is not None and grouped:
         names.append("group")
         operands.append(weight_scale)
@@ -77,20 +84,22 @@ def run(
                 names.append(name)
                 operands.append(array)
 
-    arrivals = 2 + (scale is not None) + (shift is not None) + parts * grouped
+    arrivals = 2 + (scale is not None) + (shift is not None) + grouped
     scratch: dict[str, Any] = {
         "weight_smem": plgpu.SMEM(
-            (stages, parts, rows, tile_k), weight.dtype, transforms=_tiled(tile_k, weight.dtype, k)
+            (stages, parts, rows, tile_k),
+            weight.dtype,
+            transforms=_tiled(strip, weight.dtype, k),
         ),
         "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
     }
     if weight_scale is not None and grouped:
-        scratch["group_smem"] = plgpu.SMEM((stages, parts, rows), weight_scale.dtype)
+        scratch["group_smem"] = plgpu.SMEM((stages, parts, groups, rows), jnp.float32)
     if scale is not None:
-        scratch["scale_smem"] = plgpu.SMEM((stages, tile_k), scale.dtype)
+        scratch["scale_smem"] = plgpu.SMEM((stages, tile_k // line, line), scale.dtype)
     if shift is not None:
-        scratch["shift_smem"] = plgpu.SMEM((stages, tile_k), shift.dtype)
+        scratch["shift_smem"] = plgpu.SMEM((stages, tile_k // line, line), shift.dtype)
     if norm is not None:
         for i in range(1 + layer):
             scratch[f"sum{i}_smem"] = plgpu.SMEM((tokens,), jnp.float32)
@@ -131,22 +140,21 @@ def run(
         if tiles % splits:
             count = (split + 1) * tiles // splits - first
 
-        def fetch_weight(i: Any) -> None:
-            slot, inputs = lax.rem(i, stages), pl.ds((first + i) * tile_k, tile_k)
-            full = smem["full"].at[slot]
-            source = gmem["weight"].at[:, pl.ds(channel, rows), inputs]
-            plgpu.copy_gmem_to_smem(source, smem["weight_smem"].at[slot], full)
-            for part in range(parts * grouped):
-                source = gmem["group"].at[part, first + i, pl.ds(channel, rows)]
-                plgpu.copy_gmem_to_smem(source, smem["group_smem"].at[slot, part], full)
-            for name in ("scale", "shift"):
-                if name in gmem:
-                    plgpu.copy_gmem_to_smem(gmem[name].at[inputs], smem[f"{name}_smem"].at[slot], full)
+        def fetch(i: Any, *names: str) -> None:
+            """Fetch parts of a tile."""
+            slot, own = lax.rem(i, stages), pl.ds(channel, rows)
+            inputs, lines = (pl.ds((first + i) * size, size) for size in (tile_k, tile_k // line))
+            sources = {
+                "weight": lambda: gmem["weight"].at[:, own, inputs],
+                "group": lambda: gmem["group"].at[:, pl.ds((first + i) * groups, groups), own],
+                "x": lambda: gmem["x"].at[pl.ds(0, tokens), inputs],
+                "scale": lambda: gmem["scale"].at[lines],
+                "shift": lambda: gmem["shift"].at[lines],
+            }
+            for name in names:
+                plgpu.copy_gmem_to_smem(sources[name](), smem[f"{name}_smem"].at[slot], smem["full"].at[slot])
 
-        def fetch_x(i: Any) -> None:
-            slot, inputs = lax.rem(i, stages), pl.ds((first + i) * tile_k, tile_k)
-            source = gmem["x"].at[pl.ds(0, tokens), inputs]
-            plgpu.copy_gmem_to_smem(source, smem["x_smem"].at[slot], smem["full"].at[slot])
+        parameters = [name for name in ("weight", "group", "scale", "shift") if name in gmem]
 
         def when_leader(do: Any) -> None:
             if in_cluster:
@@ -167,49 +175,68 @@ def run(
             plgpu.copy_gmem_to_smem(source, smem["residual_smem"], smem["extra"])
 
         ring = jnp.minimum(count, stages)
-        pl.loop(0, ring)(fetch_weight)
+        pl.loop(0, ring)(lambda i: fetch(i, *parameters))
         if vectors:
             when_leader(fetch_vectors)
         if tuning.overlap:
             plgpu.griddepcontrol_launch_dependents()
             plgpu.griddepcontrol_wait()
-        pl.loop(0, ring)(fetch_x)
+        pl.loop(0, ring)(lambda i: fetch(i, "x"))
         if "residual" in gmem:
             when_leader(fetch_residual)
 
         def normed(slot: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             """Multiply a tile of x by the scale, in place, and add to the sums over K."""
-            tile = smem["x_smem"].at[slot].T
-            value = plgpu.load(tile, layout=TRANSPOSED).astype(jnp.float32)
-            square, *mean = sums
-            square = square + value * value
-            mean = [mean[0] + value] if layer else []
-            factor = None
-            if scale is not None:
-                factor = plgpu.load(smem["scale_smem"].at[slot], layout=TRANSPOSED.reduce(1), optimized=False)
-                factor = factor.astype(jnp.float32)
-                if norm is not None and norm.unit_offset:
-                    factor = factor + 1.0
-                factor = lax.broadcast_in_dim(factor, (tile_k, tokens), (0,))
-                value = value * factor
-            token = plgpu.broadcasted_iota(jnp.int32, (tile_k, tokens), 1, layout=TRANSPOSED)
-            if layer:
-                value = jnp.where(token == m, 1.0 if factor is None else factor, value)
-            if shift is not None:
-                bias_ = plgpu.load(smem["shift_smem"].at[slot], layout=TRANSPOSED.reduce(1), optimized=False)
-                bias_ = lax.broadcast_in_dim(bias_.astype(jnp.float32), (tile_k, tokens), (0,))
-                value = jnp.where(token == m + layer, bias_, value)
-            tile[...] = value.astype(dtype)
-            plgpu.commit_smem()
-            return square, *mean
+            for start in range(0, tile_k, line):
+                own = pl.ds(start, line)
+                tile = smem["x_smem"].at[slot, :, own].T
+                value = plgpu.load(tile, layout=TRANSPOSED).astype(jnp.float32)
+                sums = tuple(total + y for total, y in zip(sums, (value * value, value), strict=False))
 
-        def operand(slot: Any, part: int) -> Any:
-            """A tile of the weight: where it lies, or in registers and widened."""
-            tile = smem["weight_smem"].at[slot, part]
+                def across(name: str, row: int = start // line) -> jax.Array:
+                    source = smem[f"{name}_smem"].at[slot, row]
+                    found = plgpu.load(source, layout=TRANSPOSED.reduce(1), optimized=False).astype(jnp.float32)
+                    if name == "scale" and norm is not None and norm.unit_offset:
+                        found = found + 1.0
+                    return lax.broadcast_in_dim(found, (line, tokens), (0,))
+
+                factor = across("scale") if scale is not None else None
+                value = value if factor is None else value * factor
+                if layer:
+                    value = jnp.where(_token_of((line, tokens)) == m, 1.0 if factor is None else factor, value)
+                if shift is not None:
+                    value = jnp.where(_token_of((line, tokens)) == m + layer, across("shift"), value)
+                tile[...] = value.astype(dtype)
+            plgpu.commit_smem()
+            return sums
+
+        def widened(value: jax.Array) -> jax.Array:
+            if weight.dtype == jnp.float8_e4m3fn:
+                # Hopper widens e4m3 to float16 only; by float32, each value is kept on its way to bfloat16.
+                value = value.astype(jnp.float16)
+                value = value if dtype == jnp.float16 else value.astype(jnp.float32)
+            return value.astype(dtype)
+
+        def loaded(slot: Any, part: int, start: int) -> Any:
+            """A strip of a quantized tile, in registers."""
             if not quantized:
-                return tile
-            layout = plgpu.Layout.WGMMA_UPCAST_2X if weight.dtype == jnp.int8 else plgpu.Layout.WGMMA_UPCAST_4X
-            return plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC).astype(dtype)
+                return None
+            layout = plgpu.Layout.WGMMA_UPCAST_4X if weight.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
+            tile = smem["weight_smem"].at[slot, part, :, pl.ds(start, strip)]
+            return plgpu.layout_cast(plgpu.load(tile, layout=layout), ACC)
+
+        def multiply_strip(acc: Any, slot: Any, part: int, start: int, packed: Any, offset: int, size: int) -> None:
+            """Add the product of ``size`` inputs of the strip at ``start`` to ``acc``."""
+            x_tile = smem["x_smem"].at[slot]
+            if not quantized:
+                inputs = pl.ds(start + offset, size)
+                plgpu.wgmma(acc, smem["weight_smem"].at[slot, part, :, inputs], x_tile.at[:, inputs].T)
+                return
+            # While the tensor cores have one piece, the next is widened.
+            for piece in range(offset, offset + size, 64):
+                operand = widened(packed[:, piece : piece + 64])
+                plgpu.wgmma(acc, operand, x_tile.at[:, pl.ds(start + piece, 64)].T)
+                plgpu.wgmma_wait(1)  # of those before, the registers may be used again
 
         accumulator = plgpu.WGMMAAccumulatorRef((rows, tokens), jnp.float32)
 
@@ -221,8 +248,7 @@ def run(
         def refill(i: Any) -> None:
             @pl.when(i + stages < count)
             def _() -> None:
-                fetch_weight(i + stages)
-                fetch_x(i + stages)
+                fetch(i + stages, *parameters, "x")
 
         def multiply(*accs: Any) -> tuple[jax.Array, ...]:
             """Keep the sums over all of K in the accumulators of the tensor cores."""
@@ -230,9 +256,8 @@ def run(
             def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 slot, sums = arrived(i, sums)
                 for part in range(parts):
-                    plgpu.wgmma(accs[part], operand(slot, part), smem["x_smem"].at[slot].T)
-                    if quantized:
-                        plgpu.wgmma_wait(0)  # before the registers that it reads are used again
+                    for start in range(0, tile_k, strip):
+                        multiply_strip(accs[part], slot, part, start, loaded(slot, part, start), 0, strip)
                 plgpu.wgmma_wait(0)
                 refill(i)
                 return sums
@@ -241,28 +266,32 @@ def run(
             return (*(acc[...] for acc in accs), *sums)
 
         def multiply_groups() -> tuple[jax.Array, ...]:
-            """A tile is a group: its product is scaled as a whole, one multiplication for ``tile_k`` of them."""
+            """A group's product is scaled as a whole: one multiplication for all its inputs."""
 
             def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 slot, sums = arrived(i, carry[parts:])
-                totals = []
-                for part in range(parts):
+                totals = list(carry[:parts])
+                for part, start in itertools.product(range(parts), range(0, tile_k, strip)):
+                    packed = loaded(slot, part, start)
+                    for offset in range(0, strip, group):
 
-                    def product(acc: Any, part: int = part) -> jax.Array:
-                        plgpu.wgmma(acc, operand(slot, part), smem["x_smem"].at[slot].T)
-                        return acc[...]
+                        def product(
+                            acc: Any, part: int = part, start: int = start, packed: Any = packed, offset: int = offset
+                        ) -> jax.Array:
+                            multiply_strip(acc, slot, part, start, packed, offset, group)
+                            return acc[...]
 
-                    factor = plgpu.load(smem["group_smem"].at[slot, part], layout=ACC.reduce(1), optimized=False)
-                    factor = lax.broadcast_in_dim(factor.astype(jnp.float32), (rows, tokens), (0,))
-                    totals.append(carry[part] + pl.run_scoped(product, accumulator) * factor)
-                plgpu.commit_smem()  # all have read the scales before they are overwritten
+                        source = smem["group_smem"].at[slot, part, (start + offset) // group]
+                        factor = plgpu.load(source, layout=ACC.reduce(1), optimized=False)
+                        factor = lax.broadcast_in_dim(factor, (rows, tokens), (0,))
+                        totals[part] = totals[part] + pl.run_scoped(product, accumulator) * factor
                 refill(i)
                 return (*totals, *sums)
 
             zero = plgpu.layout_cast(jnp.zeros((rows, tokens), jnp.float32), ACC)
             return lax.fori_loop(0, count, step, ((zero,) * parts) + no_sums)
 
-        zero = plgpu.layout_cast(jnp.zeros((tile_k, tokens), jnp.float32), TRANSPOSED)
+        zero = plgpu.layout_cast(jnp.zeros((line, tokens), jnp.float32), TRANSPOSED)
         no_sums = () if norm is None else (zero,) * (1 + layer)
         results = multiply_groups() if grouped else pl.run_scoped(multiply, *[accumulator] * parts)
         values, sums = list(results[:parts]), [jnp.sum(total, axis=0) for total in results[parts:]]
@@ -369,6 +398,16 @@ def run(
     return epilogue(found, columns, activation, residual).astype(dtype)
 
 
+def _token_of(shape: tuple[int, ...]) -> jax.Array:
+    """The token of each entry of an array [rows, tokens].
+
+    By way of a vector: Mosaic GPU numbers the entries that a thread holds together along the last axis, in a matrix
+    whose layout is transposed too, where they lie along the first one (``FragmentedArray.foreach``, JAX 0.11.2). To be
+    called where the result is used: a layout that nothing asks for sends the inference of layouts on a long search.
+    """
+    return lax.broadcast_in_dim(lax.broadcasted_iota(jnp.int32, shape[1:], 0), shape, (1,))
+
+
 def _normed_product(
     parts: list[jax.Array], totals: list[jax.Array], norm: InputNorm, m: int, k: int
 ) -> list[jax.Array]:
@@ -384,10 +423,9 @@ def _normed_product(
     if mean is not None:
         square = jnp.maximum(square - mean * mean, 0.0)
     size = lax.broadcast_in_dim(lax.rsqrt(square + norm.eps), shape, (1,))
-    token = lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def column(part: jax.Array, at: int) -> jax.Array:
-        return lax.broadcast_in_dim(jnp.sum(jnp.where(token == at, part, 0.0), axis=1), shape, (0,))
+        return lax.broadcast_in_dim(jnp.sum(jnp.where(_token_of(shape) == at, part, 0.0), axis=1), shape, (0,))
 
     found = []
     for part in parts:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.skinny_gemm import InputNorm, Tuning, skinny_gemm
 
@@ -26,6 +27,7 @@ def case(
     residual: bool = False,
     dtype: Any = jnp.bfloat16,
     int8: bool = False,
+    fp8: bool = False,
     int4: int = 0,
     tuning: Tuning | None = None,
 ) -> Case:
@@ -39,13 +41,14 @@ def case(
     if residual:
         shapes["residual"] = (m, n)
 
-    if int8:
+    if int8 or fp8:
         shapes["weight_scale"] = (*halves, n)
     if int4:
         shapes["weight_scale"] = (*halves, k // int4, n)
-    dtypes = dict.fromkeys(shapes, dtype) | ({"weight": jnp.int8, "weight_scale": jnp.float32} if int8 else {})
-    if int4:
-        dtypes |= {"weight": jnp.int4, "weight_scale": jnp.float32}
+    dtypes: dict[str, Any] = dict.fromkeys(shapes, dtype)
+    if int8 or fp8 or int4:
+        narrow = jnp.int8 if int8 else jnp.float8_e4m3fn if fp8 else jnp.int4
+        dtypes |= {"weight": narrow, "weight_scale": jnp.float32}
 
     def product(*arrays: jax.Array, kernel: bool) -> jax.Array:
         given = dict(zip(shapes, arrays, strict=True))
@@ -72,8 +75,11 @@ def operands_of(shapes: list[Any]) -> list[jax.Array]:
             made.append(jax.random.randint(key, shape.shape, -8, 8, jnp.int8).astype(jnp.int4))
         elif shape.dtype == jnp.int8:
             made.append(jax.random.randint(key, shape.shape, -127, 128, jnp.int8))
-        elif shape.dtype == jnp.float32:  # the factors of an int8 weight
-            wide = 73 if shapes[1].dtype == jnp.int8 else 4.6
+        elif shape.dtype == jnp.float8_e4m3fn:  # of every finite value as many, subnormal ones too
+            value = lax.bitcast_convert_type(jax.random.bits(key, shape.shape, jnp.uint8), shape.dtype)
+            made.append(jnp.where(jnp.isnan(value), jnp.zeros((), shape.dtype), value))
+        elif shape.dtype == jnp.float32:  # the factors of the weight
+            wide = {"int8": 73, "float8_e4m3fn": 100}.get(shapes[1].dtype.name, 4.6)
             made.append(jax.random.uniform(key, shape.shape, minval=0.5) / (wide * shapes[1].shape[-1] ** 0.5))
         else:
             normal = jax.random.normal(key, shape.shape, shape.dtype)
@@ -99,6 +105,14 @@ for rows in (1, 8, 16, 33, 64):
             f"7b int8 down {rows}": functools.partial(case, rows, 4096, 11008, residual=True, int8=True),
         }
         CASES |= {
+            f"7b fp8 qkv {rows}": functools.partial(case, rows, 12288, 4096, norm="rms+scale", fp8=True),
+            f"7b fp8 out {rows}": functools.partial(case, rows, 4096, 4096, residual=True, fp8=True),
+            f"7b fp8 gate {rows}": functools.partial(
+                case, rows, 11008, 4096, gated=True, norm="rms+scale", activation="silu", fp8=True
+            ),
+            f"7b fp8 down {rows}": functools.partial(case, rows, 4096, 11008, residual=True, fp8=True),
+        }
+        CASES |= {
             f"7b int4 qkv {rows}": functools.partial(case, rows, 12288, 4096, norm="rms+scale", int4=128),
             f"7b int4 out {rows}": functools.partial(case, rows, 4096, 4096, residual=True, int4=128),
             f"7b int4 gate {rows}": functools.partial(
@@ -113,11 +127,19 @@ CASES |= {
     "int8 ragged": functools.partial(
         case, 3, 1000, 800, norm="layer+scale+bias", bias=True, residual=True, activation="gelu", int8=True
     ),
+    "fp8 ragged": functools.partial(
+        case, 3, 1000, 800, norm="layer+scale+bias", bias=True, residual=True, activation="gelu", fp8=True
+    ),
+    "fp8 float16": functools.partial(case, 5, 1024, 1024, norm="rms+scale", dtype=jnp.float16, fp8=True),
     "gpt2-xl qkv": functools.partial(case, 1, 4800, 1600, norm="layer+scale+bias", bias=True),
     "gpt2-xl up": functools.partial(
         case, 8, 6400, 1600, norm="layer+scale+bias", bias=True, activation="gelu_tanh"
     ),
-    "gpt2-xl head": functools.partial(case, 1, 50264, 1600, norm="layer+scale+bias"),
+    "gpt2-xl head": functools.partial(case, 1, 50257, 1600, norm="layer+scale+bias"),
+    "odd vocabulary, int8": functools.partial(case, 2, 32003, 4096, norm="rms+scale", int8=True),
+    "odd vocabulary, fp8": functools.partial(case, 1, 250002, 1024, fp8=True),
+    "odd vocabulary, int4": functools.partial(case, 1, 32003, 4096, norm="rms+scale", int4=128),
+    "int8, K a multiple of 16": functools.partial(case, 3, 1000, 1008, norm="rms+scale", int8=True),
     "ragged": functools.partial(case, 3, 1000, 144, bias=True, residual=True, activation="gelu"),
     "gated gelu bias": functools.partial(
         case, 16, 4096, 2048, gated=True, norm="rms+scale", bias=True, activation="gelu", residual=True

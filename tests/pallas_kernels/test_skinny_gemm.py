@@ -55,25 +55,26 @@ def test_operands_that_do_not_fit_are_refused():
 
 def test_a_scale_goes_with_a_quantized_weight():
     x, weight, scale = jnp.zeros((2, 128)), jnp.zeros((32, 128)), jnp.ones(32)
-    refused(x, weight.astype(jnp.int8), "goes with a weight of int8 or int4; none with one of int8")
+    refused(x, weight.astype(jnp.int8), "goes with a weight of int8, int4 or float8_e4m3fn; none with one of int8")
     refused(x, weight, "one with one of float32", weight_scale=scale)
     refused(x, weight.astype(jnp.int8), r"weight_scale must be \(32,\), got \(31,\)", weight_scale=scale[:31])
     int4 = weight.astype(jnp.int4)
     refused(x, int4, r"must be \(2, 32\) or \(1, 32\), got \(4, 32\)", weight_scale=jnp.ones((4, 32)))
     refused(x[:, :96], int4[:, :96], "groups of 64 or 128, which do not divide K", weight_scale=jnp.ones((3, 32)))
     half, two = x.astype(jnp.bfloat16), jnp.ones((2, 32))
-    refused(half, int4, "tile_k must be the group, 64", weight_scale=two, implementation="mosaic", tuning=Tuning())
+    refused(half, int4, "group, 64", weight_scale=two, implementation="mosaic", tuning=Tuning(tile_k=32))
 
 
 def test_what_the_kernel_cannot_run_is_refused_and_says_what_runs():
     half = jnp.zeros((2, 64), jnp.bfloat16)
     weight = jnp.zeros((32, 64), jnp.bfloat16)
-    runs = "1 to 64 rows, K a multiple of 16 .32 for int8., N of 8, x of bfloat16 or float16"
+    runs = "1 to 64 rows, K a multiple of 16, N of at least 8 and a multiple of 8 for a gated weight, x of bfloat16"
     refused(jnp.zeros((2, 64)), weight, f"'mosaic' cannot run x of float32.*{runs}", implementation="mosaic")
     refused(half, weight.astype(jnp.float16), f"weight of float16.*{runs}", implementation="mosaic")
     refused(jnp.zeros((65, 64), jnp.bfloat16), weight, rf"x \(65, 64\).*{runs}", implementation="mosaic")
     refused(half[:, :56], weight[:, :56], rf"x \(2, 56\).*{runs}", implementation="mosaic")
-    refused(half, weight[:31], rf"weight \(31, 64\).*{runs}", implementation="mosaic")
+    refused(half, weight[:7], rf"weight \(7, 64\).*{runs}", implementation="mosaic")
+    refused(half, jnp.stack([weight[:31]] * 2), rf"weight \(2, 31, 64\).*{runs}", implementation="mosaic")
     refused(half, weight, "'triton' is none of 'mosaic', 'reference'", implementation="triton")
     refused(half, weight, "multiples of 64", implementation="mosaic", tuning=Tuning(rows=96))
     refused(half, weight, "at most one for each tile", implementation="mosaic", tuning=Tuning(splits=4))
