@@ -25,8 +25,9 @@ LinearImplementation = Literal["dot", "mosaic"]
 MAX_REDUCE_HEADS = 2
 """Query heads per key head up to which ``reduce`` is chosen: each of them multiplies every key once more."""
 
-MAX_LINEAR_ROWS = 64
-"""Rows up to which a product is the kernel's: above, x is no longer small beside the weight, and XLA at the limit."""
+MAX_LINEAR_ROWS = 8
+"""Rows up to which a product is the kernel's: those that one wgmma instruction holds, so that they cost what one does,
+which has been timed beside XLA. The kernel runs up to 64, which have not."""
 
 LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
@@ -260,7 +261,7 @@ def linear_choice(
     op = f"products of up to {MAX_LINEAR_ROWS} rows" if rows <= MAX_LINEAR_ROWS else "products of more rows"
     problem = linear_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs)
     if rows > MAX_LINEAR_ROWS:
-        reason = "XLA's matrix products are at the limit of the device where many rows share the weight"
+        reason = f"beyond {MAX_LINEAR_ROWS} rows the kernel has not been timed beside XLA's matrix products"
     elif not on.hopper:
         reason = f"the kernel is made for Hopper, and this is {on}"
     elif problem is not None:

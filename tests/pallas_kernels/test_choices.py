@@ -27,6 +27,7 @@ from pallas_kernels.choices import (
     compiling_for,
     device,
     linear_choice,
+    linear_problem,
 )
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.skinny_gemm import skinny_gemm
@@ -103,7 +104,7 @@ def test_products_are_chosen_by_device_shape_and_dtype(on, rows, inputs, outputs
     st.sampled_from(["bfloat16", "float16", "float32"]), st.sampled_from(["bfloat16", "float16", "int8", "int4"]),
 )  # fmt: skip
 def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(rows, k, n, unit, dtype, weight):
-    """And refused only where it would refuse them."""
+    """And not chosen only for more rows than it has been timed with, or for what is named."""
     inputs, outputs, groups = k * unit, 8 * n if unit > 1 else n, weight == "int4"
     if groups:
         inputs = -(-inputs // 64) * 64
@@ -112,10 +113,11 @@ def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(row
     if weight in ("int8", "int4"):
         shapes["weight_scale"] = ((inputs // 64, outputs) if groups else (outputs,), "float32")
     operands = {name: jax.ShapeDtypeStruct(*given) for name, given in shapes.items()}
-    with (
-        contextlib.nullcontext() if chosen.implementation == "mosaic" else pytest.raises(ValueError, match="cannot run")
-    ):
+    if chosen.implementation == "mosaic":
         jax.eval_shape(lambda kw: skinny_gemm(**kw, implementation="mosaic"), operands)
+    else:
+        problem = linear_problem(dtype, weight, inputs=inputs, outputs=outputs)
+        assert rows > MAX_LINEAR_ROWS or (problem is not None and problem in chosen.reason)
 
 
 @pytest.mark.parametrize("kv", [None, jnp.int8, jnp.float8_e4m3fn])
@@ -215,14 +217,14 @@ def test_the_table_of_a_model_says_which_product_is_apart_and_why():
     products = (("attention.qkv", 4096, 12288, "int8"), ("mlp.up", 4096, 11007, "int8"))
     model = Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, products=products, norm="layer")
     said = {choice.op: choice for choice in choices(HOPPER, model)}
-    assert said["products of up to 64 rows (attention.qkv)"].implementation == "mosaic"
-    odd = said["products of up to 64 rows (mlp.up)"]
+    assert said["products of up to 8 rows (attention.qkv)"].implementation == "mosaic"
+    odd = said["products of up to 8 rows (mlp.up)"]
     assert odd.implementation == "dot"
     assert "does not run 11007 outputs, which 8 does not divide" in odd.reason
     assert said["products of more rows"].implementation == "dot"
     older = {choice.op: choice for choice in choices(AMPERE, model)}
     assert "the kernel is made for Hopper, and this is gpu of compute capability 8.0" in str(
-        older["products of up to 64 rows"]
+        older["products of up to 8 rows"]
     )
 
 
