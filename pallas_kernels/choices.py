@@ -48,8 +48,8 @@ DECODE_NARROW_HEADS = {64: 64, 128: 48, 256: 32}
 
 PREFILL_KERNEL = True
 """Whether the prefill attention kernel is chosen where it runs. False leaves prefill to XLA; the kernel, asked for by
-name, runs all the same. Its times were measured on an H200. Its numbers were compared with float32 in interpret mode;
-``benchmarks/prefill_attention.py --checks-only`` compares those of a GPU."""
+name, runs all the same. Its times, and its numbers beside float32, were taken on an H200
+(``benchmarks/prefill_attention.py``)."""
 
 PREFILL_HEADS = (64, 80, 96, 128, 256)
 """Head sizes that the prefill attention kernel runs."""
