@@ -162,11 +162,21 @@ class Decode:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """What :func:`bench` found."""
+    """What :func:`bench` found.
+
+    Attributes:
+        model, dtype, mesh: the engine's.
+        weights: the dtype, and how weights are quantized, in words.
+        kv_dtype: of cached keys and values.
+        limits: of the devices.
+        prefill, decode: one entry a batch.
+    """
 
     model: str
     dtype: str
     mesh: str
+    weights: str
+    kv_dtype: str
     limits: Limits
     prefill: tuple[Prefill, ...]
     decode: tuple[Decode, ...]
@@ -192,17 +202,19 @@ class BenchResult:
             decode.append((str(d.batch), str(d.context), *times, *rates))
         return prefill, decode
 
+    def _heading(self) -> str:
+        cache = "" if self.kv_dtype == self.dtype else f", cache {self.kv_dtype}"
+        return f"{self.model}, {self.weights}{cache}, {self.mesh}"
+
     def __str__(self) -> str:
-        lines = [f"{self.model}, {self.dtype}, {self.mesh}", str(self.limits)]
+        lines = [self._heading(), str(self.limits)]
         for rows in self.tables():
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
             lines += ["", *("  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        parts = [
-            f"<p>{html.escape(line)}</p>" for line in (f"{self.model}, {self.dtype}, {self.mesh}", str(self.limits))
-        ]
+        parts = [f"<p>{html.escape(line)}</p>" for line in (self._heading(), str(self.limits))]
         for header, *rows in self.tables():
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
             body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
@@ -279,8 +291,8 @@ def bench(
                 )
             )
     return BenchResult(
-        model=engine.name, dtype=plan.dtype, mesh=describe(engine.mesh), limits=limits, prefill=tuple(prefill),
-        decode=tuple(decode),
+        model=engine.name, dtype=plan.dtype, weights=plan.weights, kv_dtype=str(plan.cache_dtype),
+        mesh=describe(engine.mesh), limits=limits, prefill=tuple(prefill), decode=tuple(decode),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import jax
@@ -85,6 +86,14 @@ def test_a_result_is_json_text_and_html(engine):
     assert "ms/step" in str(found)
     assert "data=2 on 2 cpu devices" in str(found)
     assert found._repr_html_().count("<table>") == 2
+
+
+def test_a_result_says_how_weights_and_cache_are_kept():
+    limits = {"max_batch": 2, "max_model_len": 64}
+    with jaxinfer.init_inference("demo", quantize="int4", kv_dtype="int8", mesh={"tensor": 1}, **limits) as quantized:
+        found = bench(quantized, batches=(1,), prompt_tokens=8, decode_tokens=4, repeats=1, limits=LIMITS)
+    assert re.search(r", weights int4 in groups of (128|64|128 and 64), cache int8, ", str(found))
+    assert (found.to_dict()["weights"], found.to_dict()["kv_dtype"]) == (quantized.plan.weights, "int8")
 
 
 @pytest.mark.parametrize(
