@@ -19,7 +19,7 @@ from jaxinfer import hardware
 from jaxinfer.checkpoints import resolve
 from jaxinfer.errors import CheckpointError
 from jaxinfer.hardware import Hardware
-from jaxinfer.plan import size
+from jaxinfer.sizes import size
 from pallas_kernels import Choice, choices
 
 Verdict = Literal["ok", "warning", "problem"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Hardware:
         memory: bytes that a program can use, or None where unknown.
         bandwidth: bytes per second of a large copy, read and written bytes counted together; None where unknown.
         matmul: bfloat16 multiply-adds of a large product, in FLOP per second; None where unknown.
+        link: bytes per second from registered host memory to the device; None where unknown.
         measured: whether the rates were measured (else they are a share of the data sheet's).
     """
 
@@ -26,18 +28,20 @@ class Hardware:
     memory: int | None
     bandwidth: float | None
     matmul: float | None
+    link: float | None = None
     measured: bool = False
 
 
 # The H200 as benchmarks/decode_7b.py measured it: 88 % of the data sheet's bandwidth, 70 % of its dense bfloat16 rate.
-# The others were not measured: 85 and 75 % of their data sheets, an assumption.
+# The others were not measured: 85 and 75 % of their data sheets, an assumption; PCIe 5 as an H200 reaches it, or half
+# of that for PCIe 4.
 KNOWN: dict[str, Hardware] = {
-    "H200": Hardware(kind="H200", memory=143_771 << 20, bandwidth=4.22e12, matmul=6.9e14, measured=True),
-    "H100": Hardware(kind="H100", memory=81_559 << 20, bandwidth=2.85e12, matmul=7.4e14),
-    "A100-80GB": Hardware(kind="A100-80GB", memory=81_920 << 20, bandwidth=1.73e12, matmul=2.3e14),
-    "A100-40GB": Hardware(kind="A100-40GB", memory=40_960 << 20, bandwidth=1.32e12, matmul=2.3e14),
-    "L40S": Hardware(kind="L40S", memory=46_068 << 20, bandwidth=0.73e12, matmul=2.7e14),
-    "RTX 4090": Hardware(kind="RTX 4090", memory=24_564 << 20, bandwidth=0.86e12, matmul=1.2e14),
+    "H200": Hardware(kind="H200", memory=143_771 << 20, bandwidth=4.22e12, matmul=6.9e14, link=5.3e10, measured=True),
+    "H100": Hardware(kind="H100", memory=81_559 << 20, bandwidth=2.85e12, matmul=7.4e14, link=5.3e10),
+    "A100-80GB": Hardware(kind="A100-80GB", memory=81_920 << 20, bandwidth=1.73e12, matmul=2.3e14, link=2.5e10),
+    "A100-40GB": Hardware(kind="A100-40GB", memory=40_960 << 20, bandwidth=1.32e12, matmul=2.3e14, link=2.5e10),
+    "L40S": Hardware(kind="L40S", memory=46_068 << 20, bandwidth=0.73e12, matmul=2.7e14, link=2.5e10),
+    "RTX 4090": Hardware(kind="RTX 4090", memory=24_564 << 20, bandwidth=0.86e12, matmul=1.2e14, link=2.5e10),
 }
 
 
@@ -67,4 +71,4 @@ def of(device: jax.Device) -> Hardware:
     memory = stats.get("bytes_limit") or (known.memory if known else None)
     if known is None:
         return Hardware(kind=name, memory=memory, bandwidth=None, matmul=None)
-    return Hardware(kind=name, memory=memory, bandwidth=known.bandwidth, matmul=known.matmul, measured=known.measured)
+    return dataclasses.replace(known, kind=name, memory=memory)

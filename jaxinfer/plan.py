@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import hardware as machine
+from jaxinfer.checkpoints import Store
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.generation.kv_cache import blocks_for
 from jaxinfer.generation.scheduler import power_of_two
@@ -21,7 +22,11 @@ from jaxinfer.hardware import Hardware
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import Layout, ModelSpec
+from jaxinfer.paging import tiers as paging
+from jaxinfer.paging.memory import usable_host
+from jaxinfer.paging.tiers import Tiers
 from jaxinfer.pretrained import DTYPES, Pretrained
+from jaxinfer.sizes import parse_bytes, size
 from pallas_kernels import BLOCK_SIZE, SCORE_BYTES
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
@@ -52,6 +57,7 @@ class Plan:
         decode_chunk: tokens of a decode step.
         prefill_chunk: most tokens of one sequence in a prefill step.
         prefill_tokens: most tokens of one data shard in a prefill step.
+        tiers: where each layer lives, or None where all stay on the devices.
     """
 
     spec: ModelSpec
@@ -67,6 +73,7 @@ class Plan:
     decode_chunk: int
     prefill_chunk: int
     prefill_tokens: int
+    tiers: Tiers | None = None
 
     @property
     def shards(self) -> int:
@@ -85,8 +92,10 @@ class Plan:
 
     @property
     def weight_bytes_per_device(self) -> int:
-        """Bytes of parameters on each device."""
-        return sum(info.nbytes // self._ways(info.axes) for info in self.parameters.values())
+        """Bytes of parameters on each device; of a paged model those that stay, and the slots for the others."""
+        kept = (path for path in self.parameters if self.tiers is None or not path.startswith("layers."))
+        held = sum(self.parameters[path].nbytes // self._ways(self.parameters[path].axes) for path in kept)
+        return held + (0 if self.tiers is None else self.tiers.device_bytes)
 
     @property
     def step_bytes_per_device(self) -> int:
@@ -118,12 +127,27 @@ class Plan:
         gathered from the blocks of one layer; logits.
         """
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
-        rows, size = self.prefill_tokens, jnp.dtype(self.dtype).itemsize
+        rows, size = self.micro_tokens, jnp.dtype(self.dtype).itemsize
         width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
-        scores = min(4 * rows * spec.heads // tensor * self.prefill_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
-        gathered = 2 * self.prefill_blocks * self.block_bytes_per_device // spec.num_layers
+        scores = min(4 * rows * spec.heads // tensor * self.micro_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
+        read = self.micro_blocks
+        if self.tiers is not None and self.hardware.kind == "cpu":  # there, decode gathers what it reads
+            read = max(read, self.slots * blocks_for(self.max_model_len))
+        gathered = 2 * read * self.block_bytes_per_device // spec.num_layers
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
-        return rows * width * size * 2 + scores + gathered + logits
+        # Hidden states of a pass wait between the layers, and are put together at the end.
+        waiting = 0 if self.tiers is None else (self.prefill_tokens + 2 * rows) * spec.hidden * size
+        return rows * width * size * 2 + scores + gathered + logits + waiting
+
+    @property
+    def micro_tokens(self) -> int:
+        """Most prompt tokens of one data shard that a layer computes at a time."""
+        return self.prefill_tokens if self.tiers is None else min(self.prefill_tokens, self.tiers.micro_tokens)
+
+    @property
+    def micro_blocks(self) -> int:
+        """Most KV blocks that a layer reads at a time in prefill, of several sequences; see :attr:`prefill_blocks`."""
+        return max(power_of_two(blocks_for(self.max_model_len)), self.micro_tokens // 16)
 
     @property
     def prefill_blocks(self) -> int:
@@ -142,7 +166,10 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether a device's memory holds it all; None where the memory is not known."""
         memory = self.hardware.memory
-        return None if memory is None else self.total_bytes_per_device <= memory * USABLE
+        if memory is None:
+            return None
+        given = None if self.tiers is None else self.tiers.device_memory
+        return self.total_bytes_per_device <= (memory * USABLE if given is None else min(memory, given))
 
     def step_bytes(self, batch: int = 1, context: int = 0) -> float:
         """Bytes that a device must read in a decode step: parameters, and the keys and values of every sequence.
@@ -154,13 +181,13 @@ class Plan:
         return self.step_bytes_per_device + batch * context * self.block_bytes_per_device / BLOCK_SIZE
 
     def step_milliseconds(self, batch: int = 1, context: int = 0) -> float | None:
-        """The least time of a decode step, in ms: :meth:`step_bytes` at the device's copy bandwidth.
+        """The least time of a decode step, in ms: :meth:`step_bytes` at the device's copy bandwidth, or the transfers.
 
         Returns:
-            None where the bandwidth is not known.
+            None where a rate is not known.
         """
         bandwidth = self.hardware.bandwidth
-        return None if bandwidth is None else 1e3 * self.step_bytes(batch, context) / bandwidth
+        return paging.at_least(self, bandwidth and 1e3 * self.step_bytes(batch, context) / bandwidth)
 
     def prefill_flops(self, batch: int, tokens: int) -> float:
         """Floating-point operations of a device in the prefill of prompts, a multiply-add counted as two.
@@ -191,7 +218,8 @@ class Plan:
         matmul, bandwidth = self.hardware.matmul, self.hardware.bandwidth
         if matmul is None or bandwidth is None:
             return None
-        return 1e3 * max(self.prefill_flops(batch, tokens) / matmul, self.step_bytes_per_device / bandwidth)
+        least = max(self.prefill_flops(batch, tokens) / matmul, self.step_bytes_per_device / bandwidth)
+        return paging.at_least(self, 1e3 * least)
 
     def _ways(self, axes: tuple[str | None, ...]) -> int:
         """Devices among which an array with these axes is divided."""
@@ -215,8 +243,11 @@ class Plan:
             ("weights (device)", size(self.weight_bytes_per_device), size(self.weight_bytes_per_device * devices)),
             (f"KV cache (device), {tokens:,} tokens a shard", size(cache), size(cache * devices)),
             ("workspace (device), at most", size(self.workspace_bytes_per_device), ""),
-            ("host", "0 B", "nothing is paged"),
-            ("disk", "0 B", "nothing is paged"),
+            *(
+                [("host", "0 B", "nothing is paged"), ("disk", "0 B", "nothing is paged")]
+                if self.tiers is None
+                else paging.rows(self)
+            ),
             ("memory", "unknown" if memory is None else size(memory), ""),
             ("fits", {True: "yes", False: "no", None: "unknown"}[self.fits], ""),
             ("slots", str(self.slots), f"{self.slots * shards} sequences at once"),
@@ -248,7 +279,12 @@ class Plan:
                 "workspace_bytes": self.workspace_bytes_per_device,
                 "total_bytes": self.total_bytes_per_device,
             },
-            "tiers": {"device": self.total_bytes_per_device * self.devices, "host": 0, "disk": 0},
+            "tiers": {
+                "device": self.total_bytes_per_device * self.devices,
+                "host": 0 if self.tiers is None else self.tiers.host_bytes,
+                "disk": 0 if self.tiers is None else self.tiers.disk_bytes,
+            },
+            "paging": None if self.tiers is None else paging.to_dict(self),
             "fits": self.fits,
             "slots": self.slots,
             "kv_blocks": self.num_blocks,
@@ -279,15 +315,6 @@ class Plan:
         return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table>"
 
 
-def size(count: float) -> str:
-    """Write a number of bytes for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def make_plan(
     spec: ModelSpec,
     mesh: Mapping[str, int],
@@ -297,10 +324,14 @@ def make_plan(
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
-    decode_chunk: int = 16,
-    prefill_chunk: int = 512,
-    prefill_tokens: int = 2048,
+    decode_chunk: int | None = None,
+    prefill_chunk: int | None = None,
+    prefill_tokens: int | None = None,
     rules: ShardingRules | None = None,
+    offload: str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    on_disk: bool = True,
     must_fit: bool = True,
 ) -> Plan:
     """Lay a model out over a mesh.
@@ -316,10 +347,13 @@ def make_plan(
             memory goes.
         decode_chunk, prefill_chunk, prefill_tokens: see :class:`Plan`.
         rules: logical axis -> mesh axis.
+        offload, device_memory, host_memory: as in :func:`jaxinfer.init_inference`.
+        on_disk: whether the checkpoint is a store, from which layers can be read at every step.
         must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
     Raises:
-        ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length.
+        ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length;
+            layers on disk without a store.
         CapacityError: the memory does not hold the weights and a useful cache.
         sharding.MeshError: rules that the steps do not follow.
     """
@@ -331,23 +365,50 @@ def make_plan(
         "prefill_chunk": prefill_chunk, "prefill_tokens": prefill_tokens,
     }  # fmt: skip
     for name, value in numbers.items():
-        optional = name in ("max_model_len", "kv_blocks")
+        optional = name != "max_batch"
         if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
     if max_model_len is not None and max_model_len > spec.context_length:
         raise ConfigError(f"max_model_len: the model's context is {spec.context_length} tokens, got {max_model_len}")
+    device_memory = parse_bytes("device_memory", device_memory)
+    host_memory = parse_bytes("host_memory", host_memory)
+    paging.check_offload(offload, device_memory, host_memory)
     layout = Layout.of(spec, mesh.get("tensor", 1))
     shards = mesh.get("data", 1)
     longest = max_model_len or spec.context_length
     slots = -(-max_batch // shards)
+    if device_memory is not None:
+        least = device_memory if hardware.memory is None else min(hardware.memory, device_memory)
+        hardware = dataclasses.replace(hardware, memory=least)
+    listed = parameters(abstract(spec, layout, jnp.dtype(dtype)))
 
-    def build(blocks: int) -> Plan:
+    def build(blocks: int, tiers: Tiers | None = None) -> Plan:
+        # Paged, a step is as long as a transfer of the model, whatever it computes: so one token and many prompts.
+        chunk, tokens = (16, 2048) if tiers is None else (1, paging.pass_tokens(tiers, spec.hidden, dtype))
+        one = min(longest, prefill_chunk or (512 if tiers is None else prefill_tokens or tokens))
         return Plan(
-            spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype,
-            parameters=parameters(abstract(spec, layout, jnp.dtype(dtype))), hardware=hardware, slots=slots,
-            num_blocks=blocks, max_model_len=longest, decode_chunk=decode_chunk,
-            prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
+            spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype, parameters=listed,
+            hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest,
+            decode_chunk=decode_chunk or chunk, prefill_chunk=one, prefill_tokens=prefill_tokens or tokens, tiers=tiers,
         )  # fmt: skip
+
+    def paged() -> Plan:
+        wanted = slots * blocks_for(longest) + 1 if kv_blocks is None else kv_blocks + 1
+        if kv_blocks is None and hardware.kind == "cpu":
+            wanted = max(2, min(wanted, CPU_CACHE_BYTES // build(2).block_bytes_per_device))
+        cap = device_memory or (None if hardware.memory is None else int(hardware.memory * USABLE))
+        first = paging.unassigned(build(2), str(offload), cap, host_memory)
+        return paging.assign(
+            build, first, wanted=wanted, given=kv_blocks is not None, on_disk=on_disk, must_fit=must_fit
+        )
+
+    if offload in ("host", "disk"):
+        return paged()
+    if offload == "auto":
+        common = blocks_for(min(longest, BOUND_CONTEXT))
+        whole = build(slots * common + 1 if kv_blocks is None else kv_blocks + 1)
+        if whole.fits is False:
+            return paged()
 
     if kv_blocks is not None:
         plan = build(kv_blocks + 1)
@@ -398,10 +459,13 @@ def plan(
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
-    decode_chunk: int = 16,
-    prefill_chunk: int = 512,
-    prefill_tokens: int = 2048,
+    decode_chunk: int | None = None,
+    prefill_chunk: int | None = None,
+    prefill_tokens: int | None = None,
     rules: ShardingRules | None = None,
+    offload: str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
 ) -> Plan:
     """Say where every byte of a model would live and what that bounds, without loading it.
 
@@ -414,6 +478,7 @@ def plan(
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
         max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules: as in
             :func:`jaxinfer.init_inference`.
+        offload, device_memory, host_memory: likewise; with another device, host_memory is without limit where None.
 
     Raises:
         ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
@@ -423,13 +488,15 @@ def plan(
         if device is None:
             devices = make_mesh(mesh, pretrained.limits)
             sizes, of = dict(devices.shape), machine.of(devices.devices.flat[0])
+            host_memory = usable_host(offload, host_memory)
         else:
             of = machine.named(device) if isinstance(device, str) else device
             sizes = mesh_sizes(dict(mesh.shape) if isinstance(mesh, Mesh) else mesh or {}, pretrained.limits)
         found = make_plan(
             pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
-            prefill_tokens=prefill_tokens, rules=rules, must_fit=False,
+            prefill_tokens=prefill_tokens, rules=rules, offload=offload, device_memory=device_memory,
+            host_memory=host_memory, on_disk=isinstance(pretrained.checkpoint, Store), must_fit=False,
         )  # fmt: skip
         pretrained.check(found.layout)
     return found

@@ -17,7 +17,7 @@ from jaxinfer.models.config import read_config
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.families import ignored, sources_of, spec_of
 from jaxinfer.models.parameter import ParameterInfo
-from jaxinfer.models.relayout import moves
+from jaxinfer.models.relayout import Move, moves
 from jaxinfer.models.sources import Sources
 from jaxinfer.models.spec import Layout
 from sharding import TensorLimits
@@ -104,10 +104,14 @@ class Pretrained:
         """
         if isinstance(self.checkpoint, Store):
             self.check(layout)
-            tensors = self.checkpoint.tensors
-            moved = {path: moves(path, tensors[path].shape, self.spec, layout) for path in targets}
+            moved = {path: self.moves(path, target, layout) for path, target in targets.items()}
             return restore(self.checkpoint, moved, targets, progress=progress)
         return load(self.checkpoint, self.sources(layout), targets, progress=progress)
+
+    def moves(self, path: str, target: Target | ParameterInfo, layout: Layout) -> tuple[Move, ...]:
+        """Say which regions of a store's tensor fill which of a parameter of a layout."""
+        assert isinstance(self.checkpoint, Store)
+        return moves(path, self.checkpoint.tensors[path].shape, self.spec, layout)
 
     def sources(self, layout: Layout) -> Sources:
         """Say which tensors of a folder of safetensors fill which parameters of a layout.

@@ -1,0 +1,200 @@
+"""Paged engines against resident ones: the same tokens, log-probabilities and logits, whatever tier the layers are in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer import SamplingParams
+from jaxinfer.checkpoints.convert import convert
+from jaxinfer.paging import tiers
+from jaxinfer.paging.executor import PagedExecutor
+from tests.cases import case
+from tests.engines import of, tiny
+from tests.oracle import checkpoint, prompts, rms, shared_root
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+# Plain; learned positions and Conv1D; projected embeddings and post-norm; windows that alternate, and kinds of layers
+# with them; grouped heads; head counts that do not divide.
+FAMILIES = [
+    "llama-plain", "gpt2-plain", "opt-projected-post-norm", "gemma2-plain", "falcon-grouped-one-norm",
+    "bloom-plain", "phi3-longrope",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return shared_root(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def store_of(root, tmp_path_factory):
+    """The store of a case, converted once."""
+    places = {}
+
+    def get(name, dtype=None):
+        if (name, dtype) not in places:
+            out = tmp_path_factory.mktemp("stores") / f"{name}-{dtype}"
+            places[name, dtype] = convert(checkpoint(case(name), root), out, dtype, progress=False)
+        return places[name, dtype]
+
+    return get
+
+
+def said(engine, asked, params=GREEDY):
+    return [[output.token_ids for output in result.outputs] for result in engine.generate(asked, params)]
+
+
+def held_by_layers(engine):
+    return engine.executor.pager.device_bytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_paged_tokens_scores_and_logits_are_those_of_the_resident_engine(name, root, store_of):
+    asked = prompts(case(name), (1, 5, 19, 70))
+    with tiny(root, name) as resident:
+        tokens, scores, logits = said(resident, asked), resident.score(asked), resident.logits(asked)
+    sampled = SamplingParams(
+        max_tokens=6, temperature=0.8, top_p=0.9, seed=3, n=2, presence_penalty=0.3, logprobs=2, ignore_eos=True
+    )
+    with tiny(root, name) as resident:
+        drawn = resident.generate(asked, sampled)
+    for folder, offload in ((checkpoint(case(name), root), "host"), (store_of(name), "host"), (store_of(name), "disk")):
+        with of(folder, offload=offload) as paged:
+            assert isinstance(paged.executor, PagedExecutor)
+            assert set(paged.plan.tiers.layers) == {offload}
+            assert said(paged, asked) == tokens
+            for got, expected in zip(paged.score(asked), scores, strict=True):
+                np.testing.assert_allclose(got.logprobs[1:], expected.logprobs[1:], atol=1e-5)
+            for got, expected in zip(paged.logits(asked), logits, strict=True):
+                np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+            if offload == "disk":
+                for got, expected in zip(paged.generate(asked, sampled), drawn, strict=True):
+                    assert [o.token_ids for o in got.outputs] == [o.token_ids for o in expected.outputs]
+                    assert [len(o.logprobs) for o in got.outputs] == [6, 6]
+
+
+@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("llama-plain", {"data": 2, "tensor": 2}),
+        ("gpt2-plain", {"data": 2, "tensor": 2}),
+        ("llama-multi-query", {"tensor": 4}),
+        ("opt-projected-post-norm", {"tensor": 2}),
+    ],
+    ids=str,
+)
+def test_a_mesh_gives_the_same_tokens(name, mesh, offload, root, store_of):
+    asked = prompts(case(name), (3, 20, 41))
+    with tiny(root, name) as resident:
+        expected = said(resident, asked)
+    with of(store_of(name), mesh=mesh, offload=offload) as paged:
+        assert said(paged, asked) == expected
+
+
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_micro_batches_change_nothing(offload, root, store_of, monkeypatch):
+    """Passes of 128 tokens in micro-batches of 16: groups of rows, and pieces of the rows that are longer."""
+    name = "gemma2-plain"
+    asked = prompts(case(name), (1, 7, 33, 70, 16, 100))
+    with tiny(root, name, max_batch=8) as resident:
+        expected, scores = said(resident, asked), resident.score(asked)
+    monkeypatch.setattr(tiers, "MICRO_TOKENS", 16)
+    with of(store_of(name), offload=offload, max_batch=8, prefill_chunk=128, prefill_tokens=256) as paged:
+        if paged.plan.tiers.micro_tokens != 16:
+            paged.executor.tiers = dataclasses.replace(paged.plan.tiers, micro_tokens=16)
+        seen = []
+        split = paged.executor._split
+        monkeypatch.setattr(paged.executor, "_split", lambda *a: (seen.append(split(*a)), seen[-1])[1])
+        assert said(paged, asked) == expected
+        assert max(groups for groups, _ in seen) > 1
+        assert max(columns for _, columns in seen) > 1
+        for got, one in zip(paged.score(asked), scores, strict=True):
+            np.testing.assert_allclose(got.logprobs[1:], one.logprobs[1:], atol=1e-5)
+
+
+def test_streams_and_many_more_prompts_than_slots(root, store_of):
+    asked = prompts(case("llama-plain"), tuple(range(2, 40, 3)))
+    with tiny(root) as resident:
+        expected = said(resident, asked)
+        text = "".join(resident.stream(asked[3], GREEDY))
+    with of(store_of("llama-plain"), offload="disk", max_batch=3, kv_blocks=6) as paged:
+        assert said(paged, asked) == expected
+        assert "".join(paged.stream(asked[3], GREEDY)) == text
+
+
+@pytest.mark.parametrize("name", ["llama-plain", "gpt2-plain", "falcon-grouped-one-norm"])
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_bfloat16_logits_are_those_of_the_resident_engine_but_for_rounding(name, offload, root, store_of):
+    asked = prompts(case(name))
+    store = store_of(name, "bfloat16")
+    with of(store) as resident, of(store, dtype="float32") as exact:
+        truth, expected = exact.logits(asked), resident.logits(asked)
+    with of(store, offload=offload) as paged:
+        got = paged.logits(asked)
+    assert rms(got, expected) <= 0.5 * rms(expected, truth)
+
+
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_devices_hold_two_layers_and_no_more(offload, root, store_of, monkeypatch):
+    name = "gpt_neo-local"  # four layers, of two kinds
+    asked = prompts(case(name), (5, 40))
+    before = sum(array.nbytes for array in jax.live_arrays())
+    with of(store_of(name), offload=offload) as paged:
+        executor, plan = paged.executor, paged.plan
+        seen = []
+        take = executor.pager.take
+
+        def watched(layer):
+            arrays = take(layer)
+            seen.append((executor.pager.device_bytes(), sum(array.nbytes for array in jax.live_arrays()) - before))
+            return arrays
+
+        monkeypatch.setattr(executor.pager, "take", watched)
+        paged.generate(asked, GREEDY)
+        layer = max(plan.tiers.layer_bytes)
+        assert max(layers for layers, _ in seen) == 2 * layer == plan.tiers.device_bytes
+        temporary = max(step.memory_analysis().temp_size_in_bytes for step in executor.compiled().values())
+        assert max(everything for _, everything in seen) + temporary <= plan.total_bytes_per_device
+        assert paged.offload_report()["device"]["used_bytes"] <= plan.total_bytes_per_device
+    after = sum(array.nbytes for array in jax.live_arrays())
+    assert after <= before + 1000
+
+
+def test_some_layers_stay_and_the_others_are_paged(root, store_of):
+    name = "gemma2-plain"
+    asked = prompts(case(name), (5, 40))
+    with tiny(root, name) as resident:
+        expected = said(resident, asked)
+    with of(store_of(name), offload="disk") as all_paged:
+        needed = all_paged.plan.total_bytes_per_device
+        layer, one = max(all_paged.plan.tiers.layer_bytes), all_paged.plan.tiers.buffer_bytes[0]
+    blocks = {"kv_blocks": all_paged.plan.num_blocks - 1}
+    with of(store_of(name), offload="auto", device_memory=needed + layer, host_memory=6 * one, **blocks) as mixed:
+        assert sorted(mixed.plan.tiers.layers) in (
+            ["device", "disk", "disk", "host"], ["device", "disk", "disk", "disk"], ["device", "disk", "host", "host"],
+            ["device", "host", "host", "host"],
+        )  # fmt: skip
+        assert said(mixed, asked) == expected
+        assert held_by_layers(mixed) <= 3 * layer
+
+
+def test_auto_keeps_a_model_that_fits_on_the_devices(root):
+    with tiny(root, offload="auto") as engine:
+        assert engine.plan.tiers is None
+        assert engine.offload_report() is None
+
+
+def test_each_step_is_a_pass_and_moves_every_layer_once(root, store_of):
+    with of(store_of("gpt2-plain"), offload="host", decode_chunk=1) as paged:
+        paged.generate(prompts(case("gpt2-plain"), (5,))[0], GREEDY)
+        executor = paged.executor
+        jax.block_until_ready(executor.caches)
+        assert executor.passes == 6
+        found = paged.offload_report()
+        moved = executor.passes * paged.plan.tiers.moved_bytes
+        assert moved <= found["link"]["bytes"] <= moved + 2 * max(paged.plan.tiers.layer_bytes)
