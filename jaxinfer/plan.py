@@ -243,11 +243,7 @@ class Plan:
             ("weights (device)", size(self.weight_bytes_per_device), size(self.weight_bytes_per_device * devices)),
             (f"KV cache (device), {tokens:,} tokens a shard", size(cache), size(cache * devices)),
             ("workspace (device), at most", size(self.workspace_bytes_per_device), ""),
-            *(
-                [("host", "0 B", "nothing is paged"), ("disk", "0 B", "nothing is paged")]
-                if self.tiers is None
-                else paging.rows(self)
-            ),
+            *paging.rows(self),
             ("memory", "unknown" if memory is None else size(memory), ""),
             ("fits", {True: "yes", False: "no", None: "unknown"}[self.fits], ""),
             ("slots", str(self.slots), f"{self.slots * shards} sequences at once"),
@@ -279,12 +275,8 @@ class Plan:
                 "workspace_bytes": self.workspace_bytes_per_device,
                 "total_bytes": self.total_bytes_per_device,
             },
-            "tiers": {
-                "device": self.total_bytes_per_device * self.devices,
-                "host": 0 if self.tiers is None else self.tiers.host_bytes,
-                "disk": 0 if self.tiers is None else self.tiers.disk_bytes,
-            },
-            "paging": None if self.tiers is None else paging.to_dict(self),
+            "tiers": {"device": self.total_bytes_per_device * self.devices} | paging.elsewhere(self),
+            "paging": paging.to_dict(self),
             "fits": self.fits,
             "slots": self.slots,
             "kv_blocks": self.num_blocks,
@@ -398,9 +390,8 @@ def make_plan(
             wanted = max(2, min(wanted, CPU_CACHE_BYTES // build(2).block_bytes_per_device))
         cap = device_memory or (None if hardware.memory is None else int(hardware.memory * USABLE))
         first = paging.unassigned(build(2), str(offload), cap, host_memory)
-        return paging.assign(
-            build, first, wanted=wanted, given=kv_blocks is not None, on_disk=on_disk, must_fit=must_fit
-        )
+        given = kv_blocks is not None
+        return paging.assign(build, first, wanted=wanted, given=given, on_disk=on_disk, must_fit=must_fit)
 
     if offload in ("host", "disk"):
         return paged()

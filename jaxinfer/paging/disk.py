@@ -149,57 +149,81 @@ class Ring:
         fill: Callable[[int, Sequence[np.ndarray]], None],
     ) -> None:
         self._layers, self._slots, self._fill = list(layers), list(slots), fill
-        self._lock = threading.Lock()
+        self._change = threading.Condition()
         # Two at a time, so that the disk has something to do at a layer's end.
         self._pool = ThreadPoolExecutor(2, "jaxinfer-disk")
-        self._filling: dict[int, tuple[int, Future[None]]] = {}
-        self._next = 0
+        self._filling: dict[int, _Filling] = {}
+        self._next = self._taken = 0
         self._closed = False
         for slot in range(len(self._slots)):
-            self.free(slot)
+            self._begin(slot)
 
     def take(self, layer: int) -> tuple[int, Sequence[np.ndarray]]:
         """The slot of a layer and its buffers, filled; the caller gives it back with :meth:`free`.
 
         Raises:
-            CheckpointError: it could not be read.
+            CheckpointError: it could not be read; whoever asks next has it tried again.
         """
-        if layer not in self._filling:  # a pass was broken off, and this one begins elsewhere
-            self._seek(layer)
-        slot, future = self._filling[layer]
+        with self._change:
+            while layer not in self._filling:
+                if self._taken:
+                    self._change.wait()
+                else:  # a pass was broken off, and this one begins elsewhere
+                    self._seek(layer)
+            filling = self._filling[layer]
+            if filling.failed:
+                filling = self._filling[layer] = _Filling(filling.slot, self._submit(layer, filling.slot))
         try:
-            future.result()
+            filling.future.result()
         except BaseException:
-            self._seek(layer)  # try again, for whoever asks next
+            filling.failed = True
             raise
-        with self._lock:
+        with self._change:
             del self._filling[layer]
-        return slot, self._slots[slot]
+            self._taken += 1
+        return filling.slot, self._slots[filling.slot]
 
     def free(self, slot: int) -> None:
         """Fill a slot with the next layer."""
-        with self._lock:
+        with self._change:
+            self._taken -= 1
             if not self._closed:
-                layer = self._layers[self._next % len(self._layers)]
-                self._next += 1
-                self._filling[layer] = slot, self._pool.submit(self._fill, layer, self._slots[slot])
+                self._begin(slot)
+            self._change.notify_all()
 
     def close(self) -> None:
         """Wait for reads that are under way."""
-        with self._lock:
+        with self._change:
             self._closed = True
         self._pool.shutdown(cancel_futures=True)
 
+    def _begin(self, slot: int) -> None:
+        layer = self._layers[self._next % len(self._layers)]
+        self._next += 1
+        self._filling[layer] = _Filling(slot, self._submit(layer, slot))
+
+    def _submit(self, layer: int, slot: int) -> Future[None]:
+        return self._pool.submit(self._fill, layer, self._slots[slot])
+
     def _seek(self, layer: int) -> None:
-        """Begin with another layer, in the slots that nobody has taken."""
-        with self._lock:
-            waiting, self._filling = self._filling, {}
-        for _, future in waiting.values():
-            future.cancel()
-            wait([future])
+        """Begin with another layer, in all slots."""
+        left = list(self._filling.values())
+        for filling in left:
+            filling.future.cancel()
+        wait([filling.future for filling in left])
+        self._filling.clear()
         self._next = self._layers.index(layer)
-        for slot, _ in waiting.values():
-            self.free(slot)
+        for filling in left:
+            self._begin(filling.slot)
+
+
+@dataclass
+class _Filling:
+    """A slot that is being filled, and whether that has failed and was said."""
+
+    slot: int
+    future: Future[None]
+    failed: bool = False
 
 
 def measure(store: Store) -> float:

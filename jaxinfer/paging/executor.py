@@ -282,11 +282,11 @@ class PagedExecutor(Executor):
 
     def _part(self, inputs: PrefillInputs, group: int, groups: int) -> PrefillInputs:
         """A group of rows: the same rows of every data shard."""
-        shards = self.plan.shards
+        shards, rows = self.plan.shards, len(inputs.tokens) // self.plan.shards // groups
 
         def cut(values: Any) -> np.ndarray:
-            by_shard = np.asarray(values).reshape(shards, groups, -1, *np.shape(values)[1:])
-            return by_shard[:, group].reshape(-1, *np.shape(values)[1:])
+            rest = np.shape(values)[1:]
+            return np.asarray(values).reshape(shards, groups, rows, *rest)[:, group].reshape(shards * rows, *rest)
 
         return inputs if groups == 1 else jax.tree.map(cut, inputs)
 
@@ -295,8 +295,9 @@ class PagedExecutor(Executor):
         shards, sharding = self.plan.shards, self._sharding(self._rows)
 
         def join(*parts: jax.Array) -> jax.Array:
-            by_shard = [part.reshape(shards, -1, *part.shape[1:]) for part in parts]
-            return jnp.concatenate(by_shard, axis=1).reshape(-1, *parts[0].shape[1:])
+            rows, *rest = parts[0].shape
+            by_shard = [part.reshape(shards, rows // shards, *rest) for part in parts]
+            return jnp.concatenate(by_shard, axis=1).reshape(len(parts) * rows, *rest)
 
         key = ("joined", _shapes(found))
         if key not in self._compiled:

@@ -282,8 +282,10 @@ def at_least(plan: Plan, ms: float | None) -> float | None:
 
 def rows(plan: Plan) -> list[tuple[str, str, str]]:
     """The lines of a plan that tell of its tiers, as (what, each device, in all)."""
-    tiers, found = plan.tiers, bounds(plan)
-    assert tiers is not None
+    tiers = plan.tiers
+    if tiers is None:
+        return [("host", "0 B", "nothing is paged"), ("disk", "0 B", "nothing is paged")]
+    found = bounds(plan)
     counts = {tier: len(tiers.of(tier)) for tier in ("device", "host", "disk")}
 
     def rate(bytes_per_second: float | None) -> str:
@@ -306,10 +308,18 @@ def rows(plan: Plan) -> list[tuple[str, str, str]]:
     ]
 
 
-def to_dict(plan: Plan) -> dict[str, Any]:
-    """The tiers of a plan as JSON-able values."""
-    tiers, found = plan.tiers, bounds(plan)
-    assert tiers is not None
+def elsewhere(plan: Plan) -> dict[str, int]:
+    """Bytes that a plan has off the devices, by tier."""
+    tiers = plan.tiers
+    return {"host": 0 if tiers is None else tiers.host_bytes, "disk": 0 if tiers is None else tiers.disk_bytes}
+
+
+def to_dict(plan: Plan) -> dict[str, Any] | None:
+    """The tiers of a plan as JSON-able values; None where nothing is paged."""
+    tiers = plan.tiers
+    if tiers is None:
+        return None
+    found = bounds(plan)
     return {
         "offload": tiers.offload,
         "layers": {tier: tiers.of(tier) for tier in ("device", "host", "disk")},
