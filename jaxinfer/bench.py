@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import html
 import math
@@ -57,7 +58,7 @@ class Limits:
 
     def hardware(self, like: Hardware) -> Hardware:
         """The device with measured rates in place of known ones."""
-        return Hardware(kind=like.kind, memory=like.memory, bandwidth=self.bandwidth, matmul=self.matmul, measured=True)
+        return dataclasses.replace(like, bandwidth=self.bandwidth, matmul=self.matmul, measured=True)
 
 
 def measure_limits(devices: Sequence[jax.Device] | None = None, dtype: str | None = None) -> Limits:

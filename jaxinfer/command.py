@@ -59,6 +59,16 @@ class LoadOptions:
         int | None, Option(help="Blocks of 64 cached tokens on each data shard. Default: all that fit.")
     ] = None
 
+    offload: Annotated[
+        str | None, Option(help="Keep layers in host memory (host), in a store (disk), or where they fit (auto).")
+    ] = None
+    device_memory: Annotated[
+        str | None, Option(help="What may be used of each device, such as 2GB.", metavar="SIZE")
+    ] = None
+    host_memory: Annotated[
+        str | None, Option(help="What --offload may use of the host's memory, such as 64GB.", metavar="SIZE")
+    ] = None
+
     def sizes(self) -> dict[str, int] | None:
         """The mesh's axis sizes, or None.
 
@@ -75,9 +85,9 @@ class LoadOptions:
             sizes[axis] = int(size)
         return sizes
 
-    def given(self) -> dict[str, int]:
-        """The sizes that were given, as arguments of ``init_inference`` and ``plan``."""
-        names = ("max_batch", "max_model_len", "kv_blocks")
+    def given(self) -> dict[str, Any]:
+        """The sizes and tiers that were given, as arguments of ``init_inference`` and ``plan``."""
+        names = ("max_batch", "max_model_len", "kv_blocks", "offload", "device_memory", "host_memory")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def plan(self, **changes: Any) -> Plan:

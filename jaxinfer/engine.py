@@ -27,10 +27,11 @@ from jaxinfer.models.spec import ModelSpec
 from jaxinfer.paging.executor import PagedExecutor
 from jaxinfer.paging.memory import usable_host
 from jaxinfer.paging.pager import Pager
-from jaxinfer.paging.report import report
+from jaxinfer.paging.report import line, report
 from jaxinfer.paging.start import measured, open_pager
 from jaxinfer.plan import Plan, make_plan
 from jaxinfer.pretrained import Pretrained
+from jaxinfer.progress import shown as _shown
 from pallas_kernels import Choice, choices
 from sharding import ShardingRules, describe, make_mesh
 
@@ -110,17 +111,15 @@ def init_inference(
         defaults, eos_token_ids = pretrained.generation()
         tokenizer = pretrained.tokenizer()
         process.keep_compiled(devices)
-        pager = None
-        if plan.tiers is not None:
-            plan = measured(plan, devices, pretrained)
-            pager = open_pager(pretrained, plan, devices, progress=show)
         placements = Executor.placements(plan, devices)
         targets = {
             path: Target(info.shape, info.dtype, placements[path])
             for path, info in plan.parameters.items()
-            if pager is None or not path.startswith("layers.")
+            if plan.tiers is None or not path.startswith("layers.")
         }
         leaves = pretrained.load(plan.layout, targets, progress=show)
+        plan = measured(plan, list(devices.devices.flat), pretrained)
+        pager = None if plan.tiers is None else open_pager(pretrained, plan, devices, progress=show)
     return InferenceEngine(
         plan,
         devices,
@@ -332,8 +331,7 @@ class InferenceEngine:
 
     def offload_report(self) -> dict[str, Any] | None:
         """What paging moved, how fast, and what it waited for; None where nothing is paged. See `paging.report`."""
-        executor = self.executor
-        return report(executor) if isinstance(executor, PagedExecutor) else None
+        return report(self.executor)
 
     def close(self) -> None:
         """Wait for what is running, and free the parameters and the KV cache; the engine cannot be used afterwards."""
@@ -443,6 +441,7 @@ class InferenceEngine:
                     with self._lock:
                         self._open().turn()
                     ended = sum(request.ended for request in live)
+                    bar.set_postfix_str(line(runner.executor), refresh=False)
                     bar.update(ended - done)
                     done = ended
             finally:
@@ -492,7 +491,3 @@ class InferenceEngine:
         if self._runner is None:
             raise JaxinferError("this engine is closed")
         return self._runner
-
-
-def _shown(value: bool | None) -> bool:
-    return progress.shown(value)

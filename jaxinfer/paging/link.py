@@ -130,13 +130,12 @@ class Link:
             del job  # it holds the arrays
 
 
-def measure(mesh: Mesh) -> float:
-    """Bytes per second from host memory to each device of a mesh, all at once; takes some 50 ms on a GPU.
+def measure(devices: Sequence[jax.Device]) -> float:
+    """Bytes per second from host memory to each of several devices, all at once; takes some 50 ms on a GPU.
 
     Raises:
         CapacityError: the driver does not register host memory.
     """
-    devices = list(mesh.devices.flat)
     platform = devices[0].platform
     nbytes = PROBE_BYTES.get(platform, 256 << 20)
     buffer = HostBuffer(nbytes, devices[0])

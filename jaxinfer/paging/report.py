@@ -5,25 +5,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxinfer.executor import Executor
 from jaxinfer.paging.executor import PagedExecutor
 from jaxinfer.paging.timeline import Kind
 
 
-def report(executor: PagedExecutor) -> dict[str, Any]:
+def report(executor: Executor) -> dict[str, Any] | None:
     """Say what paging did since the engine was made, or since :meth:`Timeline.clear`.
 
     Returns:
-        ``passes`` over all layers; for ``link`` and ``disk``: ``bytes`` moved, ``busy_seconds``, ``bytes_per_second``
-        while busy, ``measured`` at the start, in bytes per second, and ``share`` of it; ``waited_seconds`` for each of
-        ``link``, ``disk`` and ``compute``; ``device``: bytes of each device that the plan allows, and that are or were
-        used at most; ``timeline``: events as dicts, see :class:`jaxinfer.paging.timeline.Event`.
+        None where nothing is paged. Otherwise: ``passes`` over all layers; for ``link`` and ``disk``: ``bytes`` moved,
+        ``busy_seconds``, ``bytes_per_second`` while busy, ``measured`` at the start, in bytes per second, and ``share``
+        of it; ``compute_seconds``; ``waited_seconds`` for each of ``link``, ``disk`` and ``compute``; ``device``: bytes
+        of each device that the plan allows, and that are or were used at most; ``timeline``: events as dicts, see
+        :class:`jaxinfer.paging.timeline.Event`.
     """
-    pager, plan = executor.pager, executor.plan
-    timeline, tiers = pager.timeline, executor.tiers
-    measured = {"link": None if plan.hardware.link is None else plan.hardware.link * plan.devices, "disk": tiers.disk}
+    if not isinstance(executor, PagedExecutor):
+        return None
+    plan, timeline = executor.plan, executor.pager.timeline
 
     def about(kind: Kind) -> dict[str, Any]:
-        rate, limit = timeline.rate(kind), measured[kind]
+        rate, limit = timeline.rate(kind), _measured(executor, kind)
         return {
             "bytes": timeline.nbytes[kind],
             "busy_seconds": timeline.busy[kind],
@@ -51,16 +53,22 @@ def used_bytes(executor: PagedExecutor) -> int:
     return max(known) if known else executor.device_bytes() // len(devices)
 
 
-def line(executor: PagedExecutor) -> str:
-    """The report in a few words, for a progress bar."""
+def line(executor: Executor) -> str:
+    """The report in a few words, for a progress bar; empty where nothing is paged."""
+    if not isinstance(executor, PagedExecutor):
+        return ""
     timeline = executor.pager.timeline
-    found = report(executor) | {}
     shown = []
-    for kind in ("link", "disk"):
-        rate, share = found[kind]["bytes_per_second"], found[kind]["share"]
+    kinds: tuple[Kind, ...] = ("link", "disk")
+    for kind in kinds:
+        rate, limit = timeline.rate(kind), _measured(executor, kind)
         if rate is not None:
-            of = "" if share is None else f" ({100 * share:.0f} %)"
-            shown.append(f"{kind} {rate / 1e9:.3g} GB/s{of}")
-    waited = timeline.waited
-    shown.append("waited " + ", ".join(f"{kind} {waited[kind]:.2g} s" for kind in ("link", "disk", "compute")))
-    return "; ".join(shown)
+            shown.append(f"{kind} {rate / 1e9:.3g} GB/s" + ("" if limit is None else f" ({100 * rate / limit:.0f} %)"))
+    waited = ", ".join(f"{kind} {seconds:.2g} s" for kind, seconds in timeline.waited.items())
+    return "; ".join([*shown, f"waited {waited}"])
+
+
+def _measured(executor: PagedExecutor, kind: Kind) -> float | None:
+    """The rate at the start, of all devices together."""
+    link = executor.plan.hardware.link
+    return executor.tiers.disk if kind == "disk" else None if link is None else link * executor.plan.devices

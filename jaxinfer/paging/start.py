@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -32,13 +33,16 @@ from jaxinfer.plan import Plan
 from jaxinfer.pretrained import Pretrained
 
 
-def measured(plan: Plan, mesh: Mesh, pretrained: Pretrained) -> Plan:
-    """A plan with tiers, with the rates of this machine: that of the link and, where it is used, of the disk."""
+def measured(plan: Plan, devices: Sequence[jax.Device], pretrained: Pretrained) -> Plan:
+    """A plan with the rates of this machine: that of the link and, where it is used, of the disk."""
     tiers = plan.tiers
-    assert tiers is not None
+    if tiers is None:
+        return plan
     if tiers.disk_bytes and isinstance(pretrained.checkpoint, Store):
         tiers = dataclasses.replace(tiers, disk=disk.measure(pretrained.checkpoint))
-    return dataclasses.replace(plan, tiers=tiers, hardware=dataclasses.replace(plan.hardware, link=links.measure(mesh)))
+    return dataclasses.replace(
+        plan, tiers=tiers, hardware=dataclasses.replace(plan.hardware, link=links.measure(devices))
+    )
 
 
 def open_pager(pretrained: Pretrained, plan: Plan, mesh: Mesh, *, progress: bool) -> Pager:
@@ -99,6 +103,8 @@ def open_pager(pretrained: Pretrained, plan: Plan, mesh: Mesh, *, progress: bool
         opened.pop_all()
     except BaseException:
         opened.close()
+        for buffer in buffers:
+            buffer.close()
         raise
     return Pager(
         packings, link, timeline, slots=tiers.slots, resident=resident, host=host, ring=ring, disk=disk_layers,

@@ -167,6 +167,8 @@ def unassigned(plan: Plan, offload: str, device_memory: int | None, host_memory:
         layers=on_disk,
         layer_bytes=tuple(packing.moved_bytes for packing in packings),
         buffer_bytes=tuple(packing.nbytes * packing.parts for packing in packings),
+        ring=RING_SLOTS,
+        micro_tokens=MICRO_TOKENS,
         device_memory=device_memory,
         host_memory=host_memory,
     )
@@ -251,7 +253,14 @@ def assign(
         )
     hosted = set(others if first.offload == "host" else others[:in_host])
     layers: list[Tier] = ["device" if stays[i] else "host" if i in hosted else "disk" for i in range(count)]
-    return build(blocks, dataclasses.replace(first, layers=tuple(layers)))
+    found = build(blocks, dataclasses.replace(first, layers=tuple(layers)))
+    assert found.tiers is not None
+    if must_fit and first.host_memory is not None and found.tiers.host_bytes > first.host_memory:
+        raise CapacityError(
+            f"host memory: {found.tiers.ring_slots} buffers, through which layers come from disk, need "
+            f"{size(found.tiers.host_bytes)}, got {size(first.host_memory)}"
+        )
+    return found
 
 
 def bounds(plan: Plan) -> Bounds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import jax
 import numpy as np
@@ -114,8 +113,7 @@ def test_micro_batches_change_nothing(offload, root, store_of, monkeypatch):
         expected, scores = said(resident, asked), resident.score(asked)
     monkeypatch.setattr(tiers, "MICRO_TOKENS", 16)
     with of(store_of(name), offload=offload, max_batch=8, prefill_chunk=128, prefill_tokens=256) as paged:
-        if paged.plan.tiers.micro_tokens != 16:
-            paged.executor.tiers = dataclasses.replace(paged.plan.tiers, micro_tokens=16)
+        assert paged.plan.micro_tokens == 16
         seen = []
         split = paged.executor._split
         monkeypatch.setattr(paged.executor, "_split", lambda *a: (seen.append(split(*a)), seen[-1])[1])
@@ -175,7 +173,8 @@ def test_devices_hold_two_layers_and_no_more(offload, root, store_of, monkeypatc
     assert after <= before + 1000
 
 
-def test_some_layers_stay_and_the_others_are_paged(root, store_of):
+def test_some_layers_stay_and_the_others_are_paged(root, store_of, monkeypatch):
+    monkeypatch.setattr(tiers, "RING_SLOTS", 1)
     name = "gemma2-plain"
     asked = prompts(case(name), (5, 40))
     with tiny(root, name) as resident:
@@ -183,11 +182,11 @@ def test_some_layers_stay_and_the_others_are_paged(root, store_of):
     store, shape = store_of(name), {"mesh": {"tensor": 1}, "max_batch": 4, "kv_blocks": 8, "prefill_tokens": 128}
     least = jaxinfer.plan(store, offload="disk", **shape)
     layer, one = max(least.tiers.layer_bytes), least.tiers.buffer_bytes[0]
-    options = shape | {"offload": "auto", "host_memory": 5 * one}  # a layer, and the ring
+    options = shape | {"offload": "auto", "host_memory": 2 * one}  # a layer, and the ring
     for cap in range(least.total_bytes_per_device // 8, least.total_bytes_per_device, layer // 2):
         with contextlib.suppress(jaxinfer.CapacityError):
             found = jaxinfer.plan(store, device_memory=cap, **options)
-            if found.fits and {"device", "disk"} < set(found.tiers.layers):
+            if found.fits and "device" in found.tiers.layers:
                 break
     assert sorted(found.tiers.layers) == ["device", "disk", "disk", "host"]
     with of(store, **options, device_memory=cap) as mixed:
