@@ -173,12 +173,15 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The store's folder, which must not exist.")],
     output: OutputOptions,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as it is.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Weights of attention and MLP: int8, int4 or fp8. Default: as --dtype says.")
+    ] = None,
 ) -> None:
     """Make a store of a checkpoint: orbax, with a digest for every byte. Run again, it goes on where it was."""
     from jaxinfer.checkpoints.convert import convert as run
     from jaxinfer.checkpoints.store import Store
 
-    with Store(run(model, out, dtype, progress=output.progress)) as store:
+    with Store(run(model, out, dtype, quantize=quantize, progress=output.progress)) as store:
         found = {"store": str(store.path), "tensors": len(store.tensors), "bytes": store.nbytes}
     emit(found) if output.json else print("{store}: {tensors} tensors, {bytes:,} bytes".format(**found))
 
@@ -239,12 +242,15 @@ def bench(
 def doctor(
     *,
     output: OutputOptions,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Say what will run this model.", metavar="MODEL")
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure bandwidth and matmul rate.")] = True,
 ) -> None:
     """Look at devices, versions and settings: what will run where, and why."""
     from jaxinfer.doctor import diagnose
 
-    found = diagnose(measure=measure)
+    found = diagnose(model, measure=measure)
     emit(found.to_dict()) if output.json else print(found)
     if not found.healthy:
         raise typer.Exit(2)

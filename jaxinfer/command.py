@@ -49,6 +49,12 @@ class LoadOptions:
         Option(help="Axis sizes: data=2,tensor=4. Default: all devices, tensor first.", metavar="SIZES"),
     ] = None
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16. Default: the checkpoint's.")] = None
+    quantize: Annotated[
+        str | None, Option(help="Weights of attention and MLP: int8, int4 or fp8. Default: of the dtype.")
+    ] = None
+    kv_dtype: Annotated[
+        str | None, Option(help="Cached keys and values: auto, int8 or fp8. Default: auto, of the dtype.")
+    ] = None
     max_batch: Annotated[
         int | None, Option(help="Sequences that decode together. Default: as many as there are, up to 16.")
     ] = None
@@ -58,7 +64,9 @@ class LoadOptions:
     kv_blocks: Annotated[
         int | None, Option(help="Blocks of 64 cached tokens on each data shard. Default: all that fit.")
     ] = None
-
+    load_format: Annotated[
+        str, Option(help="dummy: random parameters in place of the weights, which need not be there.")
+    ] = "auto"
     offload: Annotated[
         str | None, Option(help="Keep layers in host memory (host), in a store (disk), or where they fit (auto).")
     ] = None
@@ -86,9 +94,11 @@ class LoadOptions:
         return sizes
 
     def given(self) -> dict[str, Any]:
-        """The sizes and tiers that were given, as arguments of ``init_inference`` and ``plan``."""
-        names = ("max_batch", "max_model_len", "kv_blocks", "offload", "device_memory", "host_memory")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """What was given, as arguments of ``init_inference`` and ``plan``."""
+        names = ["quantize", "kv_dtype", "max_batch", "max_model_len", "kv_blocks"]
+        names += ["offload", "device_memory", "host_memory"]
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return given if self.load_format == "auto" else given | {"load_format": self.load_format}
 
     def plan(self, **changes: Any) -> Plan:
         """Plan without loading; ``changes`` are further arguments of :func:`jaxinfer.plan`."""

@@ -19,8 +19,9 @@ from jaxinfer import hardware
 from jaxinfer.checkpoints import resolve
 from jaxinfer.errors import CheckpointError
 from jaxinfer.hardware import Hardware
+from jaxinfer.plan import plan
 from jaxinfer.sizes import size
-from pallas_kernels import Choice, choices
+from pallas_kernels import Choice, Device, choices
 
 Verdict = Literal["ok", "warning", "problem"]
 
@@ -113,13 +114,18 @@ class Diagnosis:
         return f"<table>{rows}</table><ul>{served}</ul>"
 
 
-def diagnose(*, measure: bool = True) -> Diagnosis:
+def diagnose(model: str | Path | None = None, *, measure: bool = True) -> Diagnosis:
     """Look at versions, devices, driver, environment and the hub; nothing is sent anywhere.
 
     A machine on which JAX does not start is diagnosed too.
 
     Args:
+        model: a model as :func:`jaxinfer.init_inference` takes it, of which only the headers are read: then
+            ``implementations`` are those that would serve it on all devices here. None: those that serve most models.
         measure: also measure bandwidth and matrix product rate, which takes some seconds and 2 GB of a GPU.
+
+    Raises:
+        ConfigError, CheckpointError, sharding.MeshError: the model cannot be planned for.
     """
     findings = [*_system(), *_versions()]
     devices: list[jax.Device] = []
@@ -141,11 +147,10 @@ def diagnose(*, measure: bool = True) -> Diagnosis:
         limits = measure_limits(devices)
         rates = asdict(limits)
         findings += _rates(limits.bandwidth, limits.matmul, limits.dtype, hardware.of(devices[0]))
-    return Diagnosis(
-        findings=tuple(findings),
-        implementations=choices(devices[0].platform) if devices else (),
-        rates=rates,
-    )
+    served: tuple[Choice[str], ...] = ()
+    if devices:
+        served = choices(Device.of(devices[0])) if model is None else plan(model).implementations
+    return Diagnosis(findings=tuple(findings), implementations=served, rates=rates)
 
 
 def _system() -> Iterator[Finding]:

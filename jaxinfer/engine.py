@@ -32,7 +32,7 @@ from jaxinfer.paging.start import measured, open_pager
 from jaxinfer.plan import Plan, make_plan
 from jaxinfer.pretrained import Pretrained
 from jaxinfer.progress import shown as _shown
-from pallas_kernels import Choice, choices
+from pallas_kernels import Choice
 from sharding import ShardingRules, describe, make_mesh
 
 
@@ -41,6 +41,8 @@ def init_inference(
     mesh: Mapping[str, int] | Mesh | None = None,
     dtype: str | None = None,
     *,
+    quantize: str | None = None,
+    kv_dtype: str = "auto",
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
@@ -51,6 +53,7 @@ def init_inference(
     offload: str | None = None,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
+    load_format: str = "auto",
     seed: int = 0,
     progress: bool | None = None,
 ) -> InferenceEngine:
@@ -62,6 +65,10 @@ def init_inference(
         mesh: axis sizes such as ``{"data": 2, "tensor": 4}``, or a ``jax.sharding.Mesh``. None: all local devices,
             ``tensor`` as far as the model's heads allow, the rest ``data``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None is the checkpoint's own.
+        quantize: keep the weights of attention and MLP as ``int8``, ``int4`` or ``fp8``; they are quantized while they
+            are read. None: as ``dtype`` says, or as a store that ``convert`` quantized has them.
+        kv_dtype: keep cached keys and values as ``int8`` or ``fp8``, each head of each token with a factor of its own;
+            ``auto`` keeps them in ``dtype``.
         max_batch: sequences that decode together, over all data shards.
         max_model_len: most tokens of a sequence, prompt and output; None is the model's context length.
         kv_blocks: KV blocks of 64 tokens on each data shard; None: as many as are of use and fit.
@@ -77,7 +84,9 @@ def init_inference(
             the devices.
         device_memory, host_memory: what may be used of each device, and of the host for layers: bytes, or a string
             such as ``"2GB"``. None: 92 % of what the device reports, and 80 % of what is free.
-        seed: what requests that bring no seed of their own derive theirs from.
+        load_format: ``auto``; or ``dummy``, which draws random parameters on the devices and reads the configuration
+            alone, so that no weights need be there: for measuring, and for trying a plan.
+        seed: what requests that bring no seed of their own derive theirs from, and ``dummy`` its parameters.
         progress: show progress bars; None shows them in a terminal or notebook.
 
     Raises:
@@ -87,7 +96,7 @@ def init_inference(
         CapacityError: the memory of the devices, or of the host, does not hold the model and a cache.
     """
     show = _shown(progress)
-    with Pretrained(model) as pretrained:
+    with Pretrained(model, load_format) as pretrained:
         # Everything that can be wrong is found before a device holds anything.
         devices = make_mesh(mesh, pretrained.limits)
         plan = make_plan(
@@ -106,6 +115,8 @@ def init_inference(
             device_memory=device_memory,
             host_memory=usable_host(offload, host_memory),
             on_disk=isinstance(pretrained.checkpoint, Store),
+            quantize=pretrained.quantized(quantize),
+            kv_dtype=kv_dtype,
         )
         pretrained.check(plan.layout)
         defaults, eos_token_ids = pretrained.generation()
@@ -113,25 +124,17 @@ def init_inference(
         process.keep_compiled(devices)
         placements = Executor.placements(plan, devices)
         targets = {
-            path: Target(info.shape, info.dtype, placements[path])
+            path: Target(info.shape, info.dtype, placements[path], info.quantization)
             for path, info in plan.parameters.items()
             if plan.tiers is None or not path.startswith("layers.")
         }
-        leaves = pretrained.load(plan.layout, targets, progress=show)
+        leaves = pretrained.load(plan.layout, targets, progress=show, seed=seed)
         plan = measured(plan, list(devices.devices.flat), pretrained)
-        pager = None if plan.tiers is None else open_pager(pretrained, plan, devices, progress=show)
+        pager = None if plan.tiers is None else open_pager(pretrained, plan, devices, progress=show, seed=seed)
     return InferenceEngine(
-        plan,
-        devices,
-        leaves,
-        pager=pager,
-        tokenizer=tokenizer,
-        defaults=defaults,
-        eos_token_ids=eos_token_ids,
-        name=pretrained.name,
-        seed=seed,
-        progress=show,
-    )
+        plan, devices, leaves, pager=pager, tokenizer=tokenizer, defaults=defaults, eos_token_ids=eos_token_ids,
+        name=pretrained.name, seed=seed, progress=show,
+    )  # fmt: skip
 
 
 class InferenceEngine:
@@ -166,8 +169,8 @@ class InferenceEngine:
         self.progress = progress
         self._seed, self._requests = seed, 0
         self._lock = threading.RLock()
-        made = Executor if pager is None else functools.partial(PagedExecutor, pager=pager)
-        self._runner: Runner | None = Runner(made(plan, mesh, leaves, on_compile=self._compiling))
+        make = Executor if pager is None else functools.partial(PagedExecutor, pager=pager)
+        self._runner: Runner | None = Runner(make(plan, mesh, leaves, on_compile=self._compiling))
         process.close_at_exit(self)
 
     @property
@@ -178,7 +181,7 @@ class InferenceEngine:
     @property
     def implementations(self) -> tuple[Choice[str], ...]:
         """Which implementation serves which operation, and why."""
-        return choices(jax.default_backend(), self.spec.heads // self.plan.layout.kv_groups)
+        return self.plan.implementations
 
     @property
     def executor(self) -> Executor:
@@ -347,13 +350,12 @@ class InferenceEngine:
         self.close()
 
     def __repr__(self) -> str:
-        head = f"InferenceEngine({self.name or self.spec.family}, {self.plan.dtype}, {describe(self.mesh)})"
-        return "\n".join([head, str(self.plan), "", *map(str, self.implementations)])
+        head = f"InferenceEngine({self.name or self.spec.family}, {self.plan.weights}, {describe(self.mesh)})"
+        return f"{head}\n{self.plan}"
 
     def _repr_html_(self) -> str:
-        head = f"InferenceEngine {self.name or self.spec.family}, {self.plan.dtype}, {describe(self.mesh)}"
-        served = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.implementations)
-        return f"<p>{html.escape(head)}</p>{self.plan._repr_html_()}<ul>{served}</ul>"
+        head = f"InferenceEngine {self.name or self.spec.family}, {self.plan.weights}, {describe(self.mesh)}"
+        return f"<p>{html.escape(head)}</p>{self.plan._repr_html_()}"
 
     # Below: from what callers give to sequences that run, and back.
 

@@ -31,6 +31,7 @@ from jaxinfer.generation.sampling import (
 from jaxinfer.models.attention import Batch, LayerCache
 from jaxinfer.models.decoder import Decoder, abstract, parameters
 from jaxinfer.plan import Plan
+from pallas_kernels import Device, compiling_for
 
 Array = Any  # numpy on its way in, a tracer inside a step: jax.Array alone would be wrong at either end
 CACHE_AXES = ("blocks", "kv_heads", "block_tokens", "head_dim")
@@ -159,7 +160,7 @@ class Executor:
         self._paths = list(parameters(decoder))
         self._leaves = [leaves[path] for path in self._paths]
         self._leaf_specs = [plan.rules.spec(plan.parameters[path].axes) for path in self._paths]
-        self._cache_spec = plan.rules.spec(CACHE_AXES)
+        self._cache_specs = tuple(plan.rules.spec(CACHE_AXES[: len(shape)]) for shape, _ in plan.cache_arrays)
         self._rows = plan.rules.spec(("batch",))
         self._steps_rows = plan.rules.spec((None, "batch"))
         self._on_compile = on_compile or (lambda _: contextlib.nullcontext())
@@ -167,8 +168,7 @@ class Executor:
         self._penalties: PenaltyState | None = None
         self.trace: list[tuple[str, Callable[[], Any]]] | None = None
         self.batch = plan.slots * plan.shards
-        self.caches = self._empty_caches()
-        self.last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
+        self.caches, self.last = self._allocate()
 
     @property
     def parameters(self) -> dict[str, jax.Array]:
@@ -337,7 +337,7 @@ class Executor:
 
     def _decoder(self) -> Decoder:
         """The model of which a step holds all parameters."""
-        return abstract(self.plan.spec, self.plan.layout, jnp.dtype(self.plan.dtype))
+        return abstract(self.plan.spec, self.plan.layout, jnp.dtype(self.plan.dtype), self.plan.quantize)
 
     def _model(self, leaves: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
@@ -354,7 +354,7 @@ class Executor:
         if key in self._compiled:
             return self._compiled[key]
         inputs, penalties = arguments
-        cache_specs = [(self._cache_spec, self._cache_spec)] * self.plan.spec.num_layers
+        cache_specs = [self._cache_specs] * self.plan.spec.num_layers
         kept = (cache_specs, self._rows, self._rows)
         given = (self._leaves, self.caches, self.last, penalties, inputs)
         in_specs = (self._leaf_specs, *kept, self._rows)
@@ -378,7 +378,9 @@ class Executor:
         if self.plan.dtype == "float32":
             # Without it a GPU multiplies float32 as TF32, with 10 bits of mantissa.
             precision = jax.default_matmul_precision("highest")
-        with self._on_compile(description), precision:
+        # By the mesh's devices, which need not be those that JAX takes by default, nor be here.
+        chosen = compiling_for(Device.of(self.mesh.devices.flat[0]))
+        with self._on_compile(description), precision, chosen:
             compiled = jitted.lower(*arguments).compile()
         self._compiled[key] = compiled
         return compiled
@@ -393,12 +395,15 @@ class Executor:
             self._penalties = build()
         return self._penalties
 
-    def _empty_caches(self) -> list[LayerCache]:
-        plan = self.plan
-        shape = (plan.num_blocks * plan.shards, plan.layout.kv_groups, 64, plan.spec.head_dim)
-        sharding = self._sharding(self._cache_spec)
-        build = jax.jit(lambda: jnp.zeros(shape, plan.dtype), out_shardings=sharding)
-        return [(build(), build()) for _ in range(plan.spec.num_layers)]
+    def _allocate(self) -> tuple[list[LayerCache], Any]:
+        """Empty caches, and the last token of each slot."""
+        # Zeros as factors too: what nobody wrote is never read.
+        builds = [
+            jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=self._sharding(spec))
+            for (shape, dtype), spec in zip(self.plan.cache_arrays, self._cache_specs, strict=True)
+        ]
+        last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
+        return [tuple(build() for build in builds) for _ in range(self.plan.spec.num_layers)], last
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)

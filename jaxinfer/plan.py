@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import hardware as machine
+from jaxinfer import plan_table as table
 from jaxinfer.checkpoints import Store
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.generation.kv_cache import blocks_for
@@ -21,13 +21,15 @@ from jaxinfer.generation.scheduler import power_of_two
 from jaxinfer.hardware import Hardware
 from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.models.shapes import shapes_of
 from jaxinfer.models.spec import Layout, ModelSpec
 from jaxinfer.paging import tiers as paging
 from jaxinfer.paging.memory import usable_host
 from jaxinfer.paging.tiers import Tiers
 from jaxinfer.pretrained import DTYPES, Pretrained
+from jaxinfer.quantization import check_method
 from jaxinfer.sizes import parse_bytes, size
-from pallas_kernels import BLOCK_SIZE, SCORE_BYTES
+from pallas_kernels import BLOCK_SIZE, SCORE_BYTES, Choice, choices
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
 # Of the memory that a device reports: what XLA's own allocations and fragmentation need is left out.
@@ -35,8 +37,8 @@ USABLE = 0.92
 # KV cache of a CPU where the caller gives no size: enough for notebooks and tests, small beside a laptop's memory.
 CPU_CACHE_BYTES = 2 << 30
 CPU_WORKSPACE_TOKENS = 512
-BOUND_CONTEXT = 512
-"""Tokens of the sequences whose bounds a plan shows."""
+KV_DTYPES: dict[str, str | None] = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}
+"""Names of ``kv_dtype``, and JAX's; None is that of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -48,7 +50,10 @@ class Plan:
         layout: how it is laid out for the ``tensor`` axis.
         rules: logical axis -> mesh axis.
         mesh: size of each mesh axis.
-        dtype: of parameters, activations and cache.
+        dtype: of parameters and activations.
+        kv_dtype: of cached keys and values: ``auto`` is ``dtype``; ``int8`` or ``fp8`` with a factor for each head of
+            each token.
+        quantize: how the weights of attention and MLP are, ``int8``, ``int4`` or ``fp8``; None: of ``dtype``.
         parameters: every parameter by path.
         hardware: one device of the mesh.
         slots: sequences that decode together, on each data shard.
@@ -73,6 +78,8 @@ class Plan:
     decode_chunk: int
     prefill_chunk: int
     prefill_tokens: int
+    quantize: str | None = None
+    kv_dtype: str = "auto"
     tiers: Tiers | None = None
 
     @property
@@ -84,6 +91,20 @@ class Plan:
     def devices(self) -> int:
         """Devices of the mesh."""
         return math.prod(self.mesh.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """The model's parameters; the factors of quantized weights are not counted."""
+        return sum(math.prod(info.shape) for info in self.parameters.values() if not info.factors)
+
+    @property
+    def weights(self) -> str:
+        """The dtype, and how weights are quantized, in words: ``bfloat16, weights int4 in groups of 128``."""
+        if self.quantize is None:
+            return self.dtype
+        groups = {info.quantization.group for info in self.parameters.values() if info.quantization is not None}
+        sizes = " and ".join(str(group) for group in sorted(filter(None, groups), reverse=True))
+        return f"{self.dtype}, weights {self.quantize}{f' in groups of {sizes}' if sizes else ''}"
 
     @property
     def weight_bytes(self) -> int:
@@ -110,9 +131,20 @@ class Plan:
     @property
     def block_bytes_per_device(self) -> int:
         """Bytes of one KV block, keys and values of every layer, on each device."""
-        groups = self.layout.kv_groups // self.mesh.get("tensor", 1)
-        itemsize = jnp.dtype(self.dtype).itemsize
-        return 2 * self.spec.num_layers * groups * BLOCK_SIZE * self.spec.head_dim * itemsize
+        arrays = sum(math.prod(shape[1:]) * jnp.dtype(dtype).itemsize for shape, dtype in self.cache_arrays)
+        return self.spec.num_layers * arrays // self.mesh.get("tensor", 1)
+
+    @property
+    def cache_dtype(self) -> str:
+        """Dtype of cached keys and values, in JAX's words."""
+        return KV_DTYPES[self.kv_dtype] or self.dtype
+
+    @property
+    def cache_arrays(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Shape, over all devices, and dtype of each array of a layer's cache: a ``LayerCache``."""
+        shape = (self.num_blocks * self.shards, self.layout.kv_groups, BLOCK_SIZE, self.spec.head_dim)
+        factors = ((shape[:-1], "float32"),) * 2 if KV_DTYPES[self.kv_dtype] else ()
+        return ((shape, self.cache_dtype),) * 2 + factors
 
     @property
     def cache_bytes_per_device(self) -> int:
@@ -130,10 +162,12 @@ class Plan:
         rows, size = self.micro_tokens, jnp.dtype(self.dtype).itemsize
         width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
         scores = min(4 * rows * spec.heads // tensor * self.micro_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
+        groups = self.layout.kv_groups // tensor
+        widened = 2 * groups * BLOCK_SIZE * spec.head_dim * size
         read = self.micro_blocks
-        if self.tiers is not None and self.hardware.kind == "cpu":  # there, decode gathers what it reads
+        if self.tiers is not None and self.hardware.platform == "cpu":  # there, decode gathers what it reads
             read = max(read, self.slots * blocks_for(self.max_model_len))
-        gathered = 2 * read * self.block_bytes_per_device // spec.num_layers
+        gathered = read * (self.block_bytes_per_device // spec.num_layers + widened)
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
         # Hidden states of a pass wait between the layers, and are put together at the end.
         waiting = 0 if self.tiers is None else (self.prefill_tokens + 2 * rows) * spec.hidden * size
@@ -171,6 +205,13 @@ class Plan:
         given = None if self.tiers is None else self.tiers.device_memory
         return self.total_bytes_per_device <= (memory * USABLE if given is None else min(memory, given))
 
+    @property
+    def implementations(self) -> tuple[Choice[str], ...]:
+        """Which implementation serves which operation on the plan's hardware, and why."""
+        weights = {path: info.dtype for path, info in self.parameters.items()}
+        shapes = shapes_of(self.spec, self.layout, self.dtype, self.cache_dtype, weights)
+        return choices(self.hardware.device, shapes)
+
     def step_bytes(self, batch: int = 1, context: int = 0) -> float:
         """Bytes that a device must read in a decode step: parameters, and the keys and values of every sequence.
 
@@ -202,7 +243,7 @@ class Plan:
         layers = sum(
             math.prod(info.shape) // self._ways(info.axes)
             for path, info in self.parameters.items()
-            if path.startswith("layers.") and len(info.shape) > 1
+            if path.startswith("layers.") and len(info.shape) > 1 and not info.factors
         )
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
         head = spec.hidden * self.layout.vocab_rows // tensor
@@ -228,83 +269,20 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as (what, on each device, in all) rows."""
-        memory = self.hardware.memory
-        devices, shards = self.devices, self.shards
-        cache = self.cache_bytes_per_device
-        tokens = (self.num_blocks - 1) * BLOCK_SIZE
-        table = [
-            ("model", self.spec.family, f"{sum(math.prod(i.shape) for i in self.parameters.values()):,} parameters"),
-            ("dtype", self.dtype, ""),
-            (
-                "mesh",
-                " ".join(f"{a}={n}" for a, n in self.mesh.items() if n > 1) or "one device",
-                f"{devices} x {self.hardware.kind}",
-            ),
-            ("weights (device)", size(self.weight_bytes_per_device), size(self.weight_bytes_per_device * devices)),
-            (f"KV cache (device), {tokens:,} tokens a shard", size(cache), size(cache * devices)),
-            ("workspace (device), at most", size(self.workspace_bytes_per_device), ""),
-            *paging.rows(self),
-            ("memory", "unknown" if memory is None else size(memory), ""),
-            ("fits", {True: "yes", False: "no", None: "unknown"}[self.fits], ""),
-            ("slots", str(self.slots), f"{self.slots * shards} sequences at once"),
-            ("longest sequence", f"{self.max_model_len:,} tokens", ""),
-        ]
-        context = min(BOUND_CONTEXT, self.max_model_len)
-        bounds = [(f"prefill, at least (1 x {context} tokens)", self.prefill_milliseconds(1, context), "")]
-        for batch in dict.fromkeys((1, self.slots)):
-            bound = self.step_milliseconds(batch, context)
-            rate = "" if bound is None else f"{1e3 * batch * shards / bound:,.0f} tokens/s at most"
-            bounds.append((f"decode step, at least (batch {batch} a shard, context {context})", bound, rate))
-        table += [(what, "rates unknown" if ms is None else f"{ms:.3g} ms", rate) for what, ms, rate in bounds]
-        return table
+        return table.rows(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values, sizes in bytes and times in ms."""
-        context = min(BOUND_CONTEXT, self.max_model_len)
-        return {
-            "family": self.spec.family,
-            "dtype": self.dtype,
-            "mesh": dict(self.mesh),
-            "device": self.hardware.kind,
-            "device_memory": self.hardware.memory,
-            "parameters": sum(math.prod(info.shape) for info in self.parameters.values()),
-            "weight_bytes": self.weight_bytes,
-            "per_device": {
-                "weight_bytes": self.weight_bytes_per_device,
-                "cache_bytes": self.cache_bytes_per_device,
-                "workspace_bytes": self.workspace_bytes_per_device,
-                "total_bytes": self.total_bytes_per_device,
-            },
-            "tiers": {"device": self.total_bytes_per_device * self.devices} | paging.elsewhere(self),
-            "paging": paging.to_dict(self),
-            "fits": self.fits,
-            "slots": self.slots,
-            "kv_blocks": self.num_blocks,
-            "max_model_len": self.max_model_len,
-            "bounds": {
-                "context": context,
-                "prefill_ms": self.prefill_milliseconds(1, context),
-                "step_ms": {
-                    "batch_1": self.step_milliseconds(1, context),
-                    "all_slots": self.step_milliseconds(self.slots, context),
-                },
-                "measured": self.hardware.measured,
-            },
-        }
+        return table.to_dict(self)
 
     def __str__(self) -> str:
-        rows = [("", "each device", "in all"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return table.text(self)
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
-        )
-        return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table>"
+        return table.html(self)
 
 
 def make_plan(
@@ -320,6 +298,8 @@ def make_plan(
     prefill_chunk: int | None = None,
     prefill_tokens: int | None = None,
     rules: ShardingRules | None = None,
+    quantize: str | None = None,
+    kv_dtype: str = "auto",
     offload: str | None = None,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
@@ -331,7 +311,7 @@ def make_plan(
     Args:
         spec: the architecture.
         mesh: size of each mesh axis.
-        dtype: of parameters, activations and cache: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of parameters and activations: ``float32``, ``bfloat16`` or ``float16``.
         hardware: one device of the mesh.
         max_batch: sequences that decode together, over all data shards; rounded up to a multiple of them.
         max_model_len: most tokens of a sequence; the model's context length where None.
@@ -339,19 +319,24 @@ def make_plan(
             memory goes.
         decode_chunk, prefill_chunk, prefill_tokens: see :class:`Plan`.
         rules: logical axis -> mesh axis.
+        quantize: how the weights of attention and MLP are: ``int8``, ``int4``, ``fp8`` or None.
+        kv_dtype: of cached keys and values: ``auto``, ``int8`` or ``fp8``; see :class:`Plan`.
         offload, device_memory, host_memory: as in :func:`jaxinfer.init_inference`.
         on_disk: whether the checkpoint is a store, from which layers can be read at every step.
         must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
     Raises:
         ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length;
-            layers on disk without a store.
+            int4 for a weight whose inputs on one device no group divides; layers on disk without a store.
         CapacityError: the memory does not hold the weights and a useful cache.
         sharding.MeshError: rules that the steps do not follow.
     """
     _check_rules(rules or ShardingRules(), mesh)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    check_method(quantize)
     numbers = {
         "max_batch": max_batch, "max_model_len": max_model_len, "kv_blocks": kv_blocks, "decode_chunk": decode_chunk,
         "prefill_chunk": prefill_chunk, "prefill_tokens": prefill_tokens,
@@ -372,7 +357,7 @@ def make_plan(
     if device_memory is not None:
         least = device_memory if hardware.memory is None else min(hardware.memory, device_memory)
         hardware = dataclasses.replace(hardware, memory=least)
-    listed = parameters(abstract(spec, layout, jnp.dtype(dtype)))
+    listed = parameters(abstract(spec, layout, jnp.dtype(dtype), quantize))
 
     def build(blocks: int, tiers: Tiers | None = None) -> Plan:
         # Paged, a step is as long as a transfer of the model, whatever it computes: so one token and many prompts.
@@ -380,8 +365,9 @@ def make_plan(
         one = min(longest, prefill_chunk or (512 if tiers is None else prefill_tokens or tokens))
         return Plan(
             spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype, parameters=listed,
-            hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest,
-            decode_chunk=decode_chunk or chunk, prefill_chunk=one, prefill_tokens=prefill_tokens or tokens, tiers=tiers,
+            hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest, quantize=quantize,
+            kv_dtype=kv_dtype, decode_chunk=decode_chunk or chunk, prefill_chunk=one,
+            prefill_tokens=prefill_tokens or tokens, tiers=tiers,
         )  # fmt: skip
 
     def paged() -> Plan:
@@ -396,7 +382,7 @@ def make_plan(
     if offload in ("host", "disk"):
         return paged()
     if offload == "auto":
-        common = blocks_for(min(longest, BOUND_CONTEXT))
+        common = blocks_for(min(longest, table.BOUND_CONTEXT))
         whole = build(slots * common + 1 if kv_blocks is None else kv_blocks + 1)
         if whole.fits is False:
             return paged()
@@ -454,6 +440,9 @@ def plan(
     prefill_chunk: int | None = None,
     prefill_tokens: int | None = None,
     rules: ShardingRules | None = None,
+    quantize: str | None = None,
+    load_format: str = "auto",
+    kv_dtype: str = "auto",
     offload: str | None = None,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
@@ -467,15 +456,15 @@ def plan(
         model, mesh, dtype: as in :func:`jaxinfer.init_inference`.
         device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
-        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules: as in
-            :func:`jaxinfer.init_inference`.
-        offload, device_memory, host_memory: likewise; with another device, host_memory is without limit where None.
+        max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, load_format,
+            kv_dtype, offload, device_memory: as in :func:`jaxinfer.init_inference`.
+        host_memory: likewise; with a device that is not here, without limit where None.
 
     Raises:
         ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
             device that is not known.
     """
-    with Pretrained(model) as pretrained:
+    with Pretrained(model, load_format) as pretrained:
         if device is None:
             devices = make_mesh(mesh, pretrained.limits)
             sizes, of = dict(devices.shape), machine.of(devices.devices.flat[0])
@@ -486,8 +475,9 @@ def plan(
         found = make_plan(
             pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
-            prefill_tokens=prefill_tokens, rules=rules, offload=offload, device_memory=device_memory,
-            host_memory=host_memory, on_disk=isinstance(pretrained.checkpoint, Store), must_fit=False,
+            prefill_tokens=prefill_tokens, rules=rules, quantize=pretrained.quantized(quantize), kv_dtype=kv_dtype,
+            offload=offload, device_memory=device_memory, host_memory=host_memory,
+            on_disk=isinstance(pretrained.checkpoint, Store), must_fit=False,
         )  # fmt: skip
         pretrained.check(found.layout)
     return found

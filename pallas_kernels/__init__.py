@@ -7,9 +7,15 @@ from pallas_kernels.attention import attention as attention
 from pallas_kernels.attention import paged_attention as paged_attention
 from pallas_kernels.attention import read_blocks as read_blocks
 from pallas_kernels.attention import write_blocks as write_blocks
+from pallas_kernels.attention import write_cache as write_cache
 from pallas_kernels.choices import Choice as Choice
+from pallas_kernels.choices import Device as Device
+from pallas_kernels.choices import Shapes as Shapes
 from pallas_kernels.choices import choices as choices
+from pallas_kernels.choices import compiling_for as compiling_for
 from pallas_kernels.einsum import einsum_f32 as einsum_f32
+from pallas_kernels.linear import linear as linear
 from pallas_kernels.skinny_gemm import InputNorm as InputNorm
 from pallas_kernels.skinny_gemm import Tuning as Tuning
+from pallas_kernels.skinny_gemm import normalise as normalise
 from pallas_kernels.skinny_gemm import skinny_gemm as skinny_gemm

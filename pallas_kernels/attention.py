@@ -5,18 +5,20 @@ entries a head, ``N`` blocks, ``S`` key positions. A block holds the keys (or va
 ``[N, G, 64, D]``; a block table row names the blocks of one sequence in order, so that key position ``p`` lies in block
 ``table[p // 64]`` at row ``p % 64``.
 
-The functions here are plain ``jax.numpy`` and run everywhere.
+The functions here are plain ``jax.numpy`` and run everywhere; decode is handed to the Hopper kernel of
+:mod:`pallas_kernels.decode_attention` where :mod:`pallas_kernels.choices` says so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.choices import Implementation, attention_choice
+from pallas_kernels.choices import AttentionImplementation, attention_choice, device
 from pallas_kernels.einsum import einsum_f32
 
 BLOCK_SIZE = 64
@@ -73,6 +75,51 @@ def write_blocks(blocks: jax.Array, values: jax.Array, tables: jax.Array, positi
     return flat.reshape(blocks.shape)
 
 
+def quantize_rows(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Quantize keys (or values) to 8 bits, symmetrically, each head of each token with a factor of its own.
+
+    Args:
+        values: [..., D].
+        dtype: ``int8`` or ``float8_e4m3fn``.
+
+    Returns:
+        [..., D] in ``dtype``, and float32 factors [...]: their product is ``values``, nearly. A row that is not finite
+        has a factor that is not.
+    """
+    wide = values.astype(jnp.float32)
+    top = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    largest = jnp.max(jnp.abs(wide), axis=-1)
+    # Not less than the least normal number: what is below it may be flushed to zero, and divides to NaN.
+    factor = jnp.maximum(largest / top, float(jnp.finfo(jnp.float32).tiny))
+    scaled = wide / factor[..., None]
+    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), factor
+
+
+def write_cache(
+    cache: tuple[jax.Array, ...], key: jax.Array, value: jax.Array, tables: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Write new keys and values into a layer's cache, quantized where the cache is.
+
+    Args:
+        cache: key and value blocks [N, G, 64, D]; where they are of 8 bits also their factors, float32 [N, G, 64] each.
+        key, value: [B, T, G, D].
+        tables, positions: as in :func:`write_blocks`.
+
+    Returns:
+        The cache with the rows written.
+    """
+    if len(cache) == 2:
+        return tuple(
+            write_blocks(blocks, new, tables, positions) for blocks, new in zip(cache, (key, value), strict=True)
+        )
+    blocks, factors = [], []
+    for old, old_factors, new in zip(cache[:2], cache[2:], (key, value), strict=True):
+        rows, factor = quantize_rows(new, old.dtype)
+        blocks.append(write_blocks(old, rows, tables, positions))
+        factors.append(write_blocks(old_factors[..., None], factor[..., None], tables, positions)[..., 0])
+    return (*blocks, *factors)
+
+
 def read_blocks(blocks: jax.Array, tables: jax.Array) -> jax.Array:
     """Gather the blocks of each sequence: [N, G, 64, D] and [B, W] to [B, G, W * 64, D]."""
     num_blocks, groups, size, dim = blocks.shape
@@ -94,7 +141,9 @@ def attention(
     window: int | None = None,
     bias: Bias | None = None,
     sinks: jax.Array | None = None,
-    implementation: Implementation | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+    implementation: Literal["dot", "reduce"] | None = None,
 ) -> jax.Array:
     """Causal attention of queries over keys that start at position 0.
 
@@ -108,24 +157,32 @@ def attention(
         window: a query sees itself and the ``window - 1`` keys before it.
         bias: ALiBi.
         sinks: [G, R] logits that take part in the softmax and have no value.
+        key_scale, value_scale: float32 [B, G, S], factors of keys and values of 8 bits; None where they are not.
         implementation: ``dot`` uses matrix products, ``reduce`` multiplies and sums, which XLA fuses with the gather of
             the blocks; None picks as :func:`pallas_kernels.choices` says.
 
     Returns:
         [B, T, G, R, D] in the dtype of ``query``. Scores and softmax are float32.
     """
-    if implementation is None:
-        platform, tokens, per_key = jax.default_backend(), query.shape[1], query.shape[3]
-        implementation = attention_choice(platform, query_tokens=tokens, heads_per_key=per_key).implementation
-    elif implementation not in ("dot", "reduce"):
+    chosen: str | None = implementation
+    if chosen is None:
+        _, tokens, _, per_key, dim = query.shape
+        chosen = attention_choice(
+            device(), query_tokens=tokens, heads_per_key=per_key, head_dim=dim, dtype=query.dtype, paged=False
+        ).implementation
+    elif chosen not in ("dot", "reduce"):
         raise ValueError(f"implementation must be 'dot', 'reduce' or None, got {implementation!r}")
     positions = jnp.arange(key.shape[2], dtype=jnp.int32)
     # Zero times a value that is not finite is NaN, and what lies past a sequence's end is not its own.
     own = positions <= jnp.max(query_positions, axis=1, keepdims=True)
     value = jnp.where(own[:, None, :, None], value, jnp.zeros((), value.dtype))
+    if value_scale is not None:
+        value_scale = jnp.where(own[:, None], value_scale, 0.0)
 
     def attend(some: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(*some, key, value, positions, scale, softcap, window, bias, sinks, implementation)
+        return _attend(
+            *some, key, value, positions, scale, softcap, window, bias, sinks, key_scale, value_scale, chosen
+        )
 
     batch, tokens, groups, per_key, dim = query.shape
     tile = query_tile(batch * groups * per_key, tokens, key.shape[2])
@@ -161,9 +218,13 @@ def _attend(
     window: int | None,
     bias: Bias | None,
     sinks: jax.Array | None,
+    key_scale: jax.Array | None,
+    value_scale: jax.Array | None,
     implementation: str,
 ) -> jax.Array:
     """Attend with all scores [B, G, R, T, S] in memory; see :func:`attention`."""
+    # 8 bits are exact in 16, and a key's factor is one of its score, so scores lose nothing by it.
+    key, value = (x if s is None else x.astype(query.dtype) for x, s in ((key, key_scale), (value, value_scale)))
     if implementation == "dot":
         scores = einsum_f32("btgrd,bgsd->bgrts", query, key)
     else:
@@ -171,6 +232,8 @@ def _attend(
             jnp.moveaxis(query, 1, 3)[:, :, :, :, None].astype(jnp.float32) * key[:, :, None, None].astype(jnp.float32),
             -1,
         )
+    if key_scale is not None:
+        scores = scores * key_scale[:, :, None, None]
     if bias is not None and bias.scaled:
         scores = scores + bias.scores(positions)
     scores = scores * scale
@@ -188,6 +251,8 @@ def _attend(
     else:
         sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    if value_scale is not None:
+        weights = weights * value_scale[:, :, None, None]
     if implementation == "dot":
         out = einsum_f32("bgrts,bgsd->btgrd", weights.astype(value.dtype), value)
     else:
@@ -208,7 +273,9 @@ def paged_attention(
     window: int | None = None,
     bias: Bias | None = None,
     sinks: jax.Array | None = None,
-    implementation: Implementation | None = None,
+    key_scales: jax.Array | None = None,
+    value_scales: jax.Array | None = None,
+    implementation: AttentionImplementation | None = None,
 ) -> jax.Array:
     """Causal attention of queries over the blocks of their sequences; one query token is decode, several are prefill.
 
@@ -217,11 +284,39 @@ def paged_attention(
         key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
         tables: int32 [B, W]; entries past a sequence's length may name any block.
         query_positions: int32 [B, T], as in :func:`attention`.
-        scale, softcap, window, bias, sinks, implementation: as in :func:`attention`.
+        scale, softcap, window, bias, sinks: as in :func:`attention`.
+        key_scales, value_scales: float32 [N, G, 64], factors of blocks of 8 bits; None where they are not.
+        implementation: as in :func:`attention`, or ``mosaic``: the Hopper kernel, for one query token a sequence. None
+            picks as :func:`pallas_kernels.choices` says.
 
     Returns:
         [B, T, G, R, D] in the dtype of ``query``.
+
+    Raises:
+        ValueError: an unknown implementation, or arguments that the kernel, asked for by name, cannot run.
     """
+    _, tokens, _, per_key, dim = query.shape
+    if implementation is None:
+        implementation = attention_choice(
+            device(), query_tokens=tokens, heads_per_key=per_key, head_dim=dim, dtype=query.dtype,
+            kv_dtype=key_blocks.dtype,
+        ).implementation  # fmt: skip
+    if implementation == "mosaic":
+        if tokens != 1:
+            raise ValueError(f"implementation 'mosaic' runs one query token a sequence, got {tokens}")
+        # Imported here, since it imports this module, and its kernel takes a second that only Hopper needs to spend.
+        from pallas_kernels.decode_attention import decode_attention
+
+        lengths = jnp.maximum(query_positions[:, 0] + 1, 0)
+        return decode_attention(
+            query[:, 0], key_blocks, value_blocks, tables, lengths,
+            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+            key_scales=key_scales, value_scales=value_scales, implementation="mosaic",
+        )[:, None]  # fmt: skip
+
+    def factors(scales: jax.Array | None) -> jax.Array | None:
+        return None if scales is None else read_blocks(scales[..., None], tables)[..., 0]
+
     return attention(
         query,
         read_blocks(key_blocks, tables),
@@ -232,5 +327,7 @@ def paged_attention(
         window=window,
         bias=bias,
         sinks=sinks,
+        key_scale=factors(key_scales),
+        value_scale=factors(value_scales),
         implementation=implementation,
     )

@@ -1,16 +1,96 @@
-"""Which implementation serves which operation, and why: the one place that chooses, and a table for people."""
+"""Which implementation serves which operation on which device, and why: the one place that chooses, and a table.
+
+Choices are made when a function is traced, from shapes, dtypes and the :class:`Device`. That is JAX's default device,
+unless :func:`compiling_for` names another, as whoever lays arrays out over a mesh does with the mesh's devices.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Implementation = Literal["dot", "reduce"]
-"""Of attention: matrix products, or multiply and sum."""
+import jax
+import jax.numpy as jnp
+
+AttentionImplementation = Literal["dot", "reduce", "mosaic"]
+"""Of attention: matrix products, or multiply and sum, of ``jax.numpy``; or the Hopper kernel."""
+
+LinearImplementation = Literal["dot", "mosaic"]
+"""Of a product with a weight: XLA's matrix product and what it fuses to it, or the Hopper kernel."""
 
 MAX_REDUCE_HEADS = 2
 """Query heads per key head up to which ``reduce`` is chosen: each of them multiplies every key once more."""
+
+MAX_LINEAR_ROWS = 64
+"""Rows up to which a product is the kernel's: above, x is no longer small beside the weight, and XLA at the limit."""
+
+LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
+"""Dtypes of quantized weights that the kernel of products reads as they are stored."""
+
+FUSED_NORMS: tuple[str, ...] = ("rms",)
+"""Kinds of norm that the kernel of products computes itself; XLA normalises its input for the others. ``layer`` joins
+them when the kernel's LayerNorm has been seen to be right on a GPU."""
+
+DECODE_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
+"""Head sizes that the decode attention kernel runs, and the most query heads a key head that each of them allows:
+scores and output of a program live in registers, which spill beyond it."""
+
+DECODE_NARROW: tuple[str, ...] = ("int8", "float8_e4m3fn")
+"""Dtypes of quantized keys and values that the decode attention kernel reads as they are stored."""
+
+DECODE_NARROW_HEADS = {64: 64, 128: 48, 256: 32}
+"""As :data:`DECODE_HEADS`, for these: widening takes registers too."""
+
+HALVES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What code is made for.
+
+    Attributes:
+        platform: ``cpu``, ``gpu``, ...
+        capability: compute capability of an NVIDIA GPU, such as ``9.0``; None elsewhere.
+    """
+
+    platform: str
+    capability: str | None = None
+
+    @classmethod
+    def of(cls, found: jax.Device) -> Device:
+        """Describe a device, which may be one of a topology that is not here."""
+        return cls(found.platform, getattr(found, "compute_capability", None))
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the kernels, which are made for sm_90a and for no other, run on it."""
+        return self.platform == "gpu" and self.capability == "9.0"
+
+    def __str__(self) -> str:
+        return f"{self.platform} of compute capability {self.capability}" if self.capability else self.platform
+
+
+_device: ContextVar[Device | None] = ContextVar("device", default=None)
+
+
+def device() -> Device:
+    """What is being compiled for."""
+    named = _device.get()
+    return named or Device(jax.default_backend(), getattr(jax.devices()[0], "compute_capability", None))
+
+
+@contextlib.contextmanager
+def compiling_for(named: Device) -> Iterator[None]:
+    """Let what is traced inside be chosen for a device, whatever JAX's default device is."""
+    token = _device.set(named)
+    try:
+        yield
+    finally:
+        _device.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,48 +119,202 @@ class Choice[Name: str]:
         }  # fmt: skip
 
 
-def attention_choice(platform: str, *, query_tokens: int, heads_per_key: int) -> Choice[Implementation]:
-    """Choose how attention over a cache is computed.
+def decode_problem(dtype: Any, kv_dtype: Any, *, head_dim: int, heads_per_key: int) -> str | None:
+    """Name what the decode attention kernel cannot run, or None where it can run all."""
+    queries, cached = jnp.dtype(dtype).name, jnp.dtype(kv_dtype).name
+    if queries not in HALVES:
+        return f"dtype {queries}"
+    if queries != cached and cached not in DECODE_NARROW:
+        return f"queries of {queries} with keys and values of {cached}"
+    if head_dim not in DECODE_HEADS:
+        return f"head_dim {head_dim}"
+    if queries != cached and head_dim not in DECODE_NARROW_HEADS:
+        return f"keys and values of {cached} with head_dim {head_dim}"
+    if queries != cached and heads_per_key > DECODE_NARROW_HEADS[head_dim]:
+        return f"{heads_per_key} query heads a key head with head_dim {head_dim} and keys and values of {cached}"
+    if heads_per_key > DECODE_HEADS[head_dim]:
+        return f"{heads_per_key} query heads a key head with head_dim {head_dim}"
+    return None
+
+
+def attention_choice(
+    on: Device,
+    *,
+    query_tokens: int,
+    heads_per_key: int,
+    head_dim: int,
+    dtype: Any,
+    kv_dtype: Any = None,
+    paged: bool = True,
+) -> Choice[AttentionImplementation]:
+    """Choose how attention is computed.
 
     Args:
-        platform: ``jax.default_backend()``: ``cpu``, ``gpu``, ...
+        on: what is compiled for.
         query_tokens: new tokens of each sequence; 1 is decode.
         heads_per_key: query heads that share a key head.
+        head_dim: entries of a head.
+        dtype: of the queries.
+        kv_dtype: of keys and values as they are stored; None: that of the queries.
+        paged: whether keys and values lie in the blocks of a cache, not in one array.
     """
     decode = query_tokens == 1
     op = "decode attention" if decode else "prefill attention"
-    if decode and platform == "gpu" and heads_per_key <= MAX_REDUCE_HEADS:
-        reason = "XLA fuses multiply and sum with the gather of the blocks, where a product would write them out first"
-        return Choice(op=op, implementation="reduce", compiler="XLA", reason=reason)
     if not decode:
         reason = "many query tokens share each key, which is what matrix products are for"
-    elif platform != "gpu":
-        reason = f"fusing with the gather of the blocks pays on a GPU only, and this is {platform}"
+        return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
+    why = "keys and values are not in blocks"
+    if paged:
+        problem = decode_problem(
+            dtype, dtype if kv_dtype is None else kv_dtype, head_dim=head_dim, heads_per_key=heads_per_key
+        )
+        why = f"the kernel does not run {problem}"
+        if problem is None and on.hopper:
+            reason = "the kernel reads each block once, and the blocks that a sequence has, not those of the longest"
+            return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    if not on.hopper:
+        why = f"the kernel is made for Hopper, and this is {on}"
+    if on.platform == "gpu" and heads_per_key <= MAX_REDUCE_HEADS:
+        reason = f"{why}; XLA fuses multiply and sum with the gather of the blocks, and writes them out for a product"
+        return Choice(op=op, implementation="reduce", compiler="XLA", reason=reason)
+    if on.platform != "gpu":
+        reason = f"{why}; fusing with the gather of the blocks pays on a GPU only"
     else:
-        reason = f"more than {MAX_REDUCE_HEADS} query heads share each key, and reduce would read it once for each"
+        reason = f"{why}; more than {MAX_REDUCE_HEADS} query heads share each key, and reduce would read it for each"
     return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
 
 
-def choices(platform: str, heads_per_key: int | None = None) -> tuple[Choice[str], ...]:
-    """List what serves each operation on a platform.
+def linear_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int) -> str | None:
+    """Name what the kernel of products cannot run, whatever the number of rows, or None where it can run all."""
+    dtype, weight = jnp.dtype(dtype).name, jnp.dtype(weight_dtype).name
+    if dtype not in HALVES:
+        return f"dtype {dtype}"
+    if weight not in (dtype, *LINEAR_WEIGHTS):
+        return f"weights of {weight} with x of {dtype}"
+    # Rows of a weight are copied in pieces of 16 bytes, and read by wgmma in pieces of 32.
+    multiple = {"int4": 64, "int8": 32, "float8_e4m3fn": 32}.get(weight, 16)
+    if inputs == 0 or inputs % multiple:
+        return f"{inputs} inputs, which {multiple} does not divide"
+    if outputs == 0 or outputs % 8:
+        return f"{outputs} outputs, which 8 does not divide"
+    return None
+
+
+def linear_choice(
+    on: Device, *, rows: int, inputs: int, outputs: int, dtype: Any, weight_dtype: Any
+) -> Choice[LinearImplementation]:
+    """Choose how a product of rows with a weight is computed.
 
     Args:
-        platform: ``jax.default_backend()``.
-        heads_per_key: query heads that share a key head in the model at hand; None lists every case.
+        on: what is compiled for.
+        rows: rows of x.
+        inputs, outputs: of the weight on this device, each half's outputs where it is gated.
+        dtype: of x.
+        weight_dtype: of the weight as it is stored.
     """
-    few: Choice[str] = attention_choice(platform, query_tokens=1, heads_per_key=heads_per_key or 1)
+    op = f"products of up to {MAX_LINEAR_ROWS} rows" if rows <= MAX_LINEAR_ROWS else "products of more rows"
+    problem = linear_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs)
+    if rows > MAX_LINEAR_ROWS:
+        reason = "XLA's matrix products are at the limit of the device where many rows share the weight"
+    elif not on.hopper:
+        reason = f"the kernel is made for Hopper, and this is {on}"
+    elif problem is not None:
+        reason = f"the kernel does not run {problem}"
+    elif rows == 0:
+        reason = "there are no rows"
+    else:
+        reason = "the kernel reads the weight once and computes the norm before it and what follows as well"
+        return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What of a model decides which implementations serve it; sizes are those of one device.
+
+    Attributes:
+        dtype: of activations.
+        heads_per_key: query heads that share a key head.
+        head_dim: entries of a head.
+        kv_dtype: of cached keys and values; None: ``dtype``.
+        products: (name, inputs, outputs, dtype of the weight) of a layer's products; a gated weight's outputs are those
+            of one half.
+        norm: ``rms`` or ``layer``.
+    """
+
+    dtype: str
+    heads_per_key: int
+    head_dim: int
+    kv_dtype: str | None = None
+    products: Sequence[tuple[str, int, int, str]] = ()
+    norm: Literal["rms", "layer"] = "rms"
+
+
+def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choice[str], ...]:
+    """List what serves each operation.
+
+    Args:
+        on: what is compiled for; None: :func:`device`.
+        model: the model at hand; None lists what holds for models in bfloat16 with heads of 128.
+    """
+    on = on or device()
+    shapes = model or Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128)
+
+    def attention(query_tokens: int, heads_per_key: int) -> Choice[str]:
+        return attention_choice(
+            on, query_tokens=query_tokens, heads_per_key=heads_per_key, head_dim=shapes.head_dim, dtype=shapes.dtype,
+            kv_dtype=shapes.kv_dtype,
+        )  # fmt: skip
+
+    few = attention(1, shapes.heads_per_key)
     decode: tuple[Choice[str], ...] = (few,)
-    if heads_per_key is None:
-        many = attention_choice(platform, query_tokens=1, heads_per_key=MAX_REDUCE_HEADS + 1)
+    if model is None:
+        many = attention(1, MAX_REDUCE_HEADS + 1)
         if many.implementation != few.implementation:
             named = f"{few.op} with up to {MAX_REDUCE_HEADS} query heads a key"
             decode = (dataclasses.replace(few, op=named), dataclasses.replace(many, op=f"{many.op} with more"))
     rest = (
         ("cache write", "rows of donated blocks are written in place"),
-        ("matrix products, norms, sampling", "there is no kernel of our own for them"),
+        ("head", "its result is float32, and every token needs it once"),
+        ("embedding, sampling", "there is no kernel of our own for them"),
     )
     return (
-        attention_choice(platform, query_tokens=2, heads_per_key=heads_per_key or 1),
+        attention(2, shapes.heads_per_key),
         *decode,
+        *_products(on, shapes),
+        _norms(on, shapes),
         *(Choice(op=op, implementation="jnp", compiler="XLA", reason=reason) for op, reason in rest),
     )
+
+
+def _products(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:
+    """Products of few rows, apart where they differ, and of many."""
+    products = shapes.products or (("", 128, 128, shapes.dtype),)
+    found: dict[Choice[str], list[str]] = {}
+    for name, inputs, outputs, weight in products:
+        choice: Choice[str] = linear_choice(
+            on, rows=1, inputs=inputs, outputs=outputs, dtype=shapes.dtype, weight_dtype=weight
+        )
+        found.setdefault(choice, []).append(name)
+    for choice, names in found.items():
+        # Named only where there is more than one answer.
+        yield choice if len(found) == 1 else dataclasses.replace(choice, op=f"{choice.op} ({', '.join(names)})")
+    _, inputs, outputs, weight = products[0]
+    yield linear_choice(
+        on, rows=MAX_LINEAR_ROWS + 1, inputs=inputs, outputs=outputs, dtype=shapes.dtype, weight_dtype=weight
+    )
+
+
+def _norms(on: Device, shapes: Shapes) -> Choice[str]:
+    """Where the norm before a product of few rows is computed."""
+    served = all(
+        linear_problem(shapes.dtype, weight, inputs=inputs, outputs=outputs) is None
+        for _, inputs, outputs, weight in shapes.products or (("", 128, 128, shapes.dtype),)
+    )
+    if on.hopper and served and shapes.norm in FUSED_NORMS:
+        reason = "the kernel of a product normalises what it reads; where there are more rows, XLA does"
+        return Choice(op="norms before products", implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    reason = "XLA fuses them with what is before them"
+    if on.hopper and served:
+        reason = f"the kernel of products does not compute norms of kind {shapes.norm!r} yet"
+    return Choice(op="norms before products", implementation="jnp", compiler="XLA", reason=reason)

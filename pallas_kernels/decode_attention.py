@@ -4,8 +4,7 @@ The kernel (:mod:`pallas_kernels.decode_kernel`), its ``jax.numpy`` reference, a
 in :mod:`pallas_kernels.attention`: ``B`` sequences, ``G`` key/value heads, ``R`` query heads per key/value head, ``D``
 entries a head, ``W`` blocks in a table row.
 
-The kernel compiles for sm_90a without spills and is right in interpret mode; it has not run on a GPU yet, so the
-reference is what runs unless the kernel is asked for by name.
+:func:`pallas_kernels.attention.paged_attention` is what models call, and comes here where the kernel is chosen.
 """
 
 from __future__ import annotations
@@ -17,36 +16,53 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import BLOCK_SIZE, Bias, paged_attention
+from pallas_kernels.choices import DECODE_HEADS, attention_choice, decode_problem, device
 from pallas_kernels.decode_kernel import LOG2E, NEVER, DecodeConfig, columns_of, split_attention
 
 DecodeImplementation = Literal["mosaic", "reference"]
 
-MAX_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
-"""Largest R by head_dim: scores and output of a program live in registers, which spill beyond it."""
 SMEM_BYTES = 227 * 1024
 """Shared memory that a Hopper SM gives to programs."""
 SMS = 132
 RUNS = (
     "mosaic runs on Hopper with bfloat16 or float16 and query heads a key head up to "
-    + ", ".join(f"{heads} at head_dim {dim}" for dim, heads in MAX_HEADS.items())
+    + ", ".join(f"{heads} at head_dim {dim}" for dim, heads in DECODE_HEADS.items())
     + "; reference runs everywhere"
 )
 
 
 def decode_config(
-    *, batch: int, groups: int, heads_per_key: int, width: int, head_dim: int, sms: int = SMS
+    *, batch: int, groups: int, heads_per_key: int, width: int, head_dim: int, kv_bytes: int = 2, sms: int = SMS
 ) -> DecodeConfig:
     """Choose splits and stages.
 
-    Two programs for each SM at least, so that one starts while another streams, and splits of at most 16 blocks, so
-    that one long sequence in a batch does not run on alone. Stages take half of an SM's shared memory: 96 KiB in
-    flight in each of two programs, where 23 KiB an SM hide the latency of HBM in the mean. Derived, not yet measured.
+    Splits cost a second kernel and float32 partial results. So a sequence is split only where there are fewer programs
+    than SMs, into no more programs than two an SM and none of fewer than 16 blocks; and where tables are so wide that
+    one long sequence in a batch of short ones would run on alone, into parts of 64 blocks. Measured on an H200 with
+    ``benchmarks/decode_attention.py``: 32 programs of 8 blocks take 12.2 us in one split and 15.6 or more in four and
+    eight; 256 programs of 64 blocks 143 us in one and 154 in four; 16 sequences of 8 blocks the same in one and two.
+    The bounds of 16 and 64 blocks are derived from that and were not measured themselves.
+
+    Stages take half of an SM's shared memory: 96 KiB in flight in each of two programs, where 23 KiB an SM hide the
+    latency of HBM in the mean; 3 stages of 32 KiB, which this gives for heads of 128, were the best measured.
+
+    Args:
+        batch, groups: sequences, and key/value heads of each.
+        heads_per_key: query heads that share a key head.
+        width: blocks that a table row has room for, which is the longest context and not each sequence's own.
+        head_dim: entries of a head.
+        kv_bytes: bytes of an entry of keys and values: 2, or 1, which also takes a factor a row and room to widen.
+        sms: multiprocessors of the device.
     """
-    splits = max(math.ceil(2 * sms / (batch * groups)), math.ceil(width / 16))
-    splits = min(splits, width, 32)
+    programs = batch * groups
+    splits = min(2 * sms // programs, width // 16) if programs < sms else 1
+    splits = max(1, min(max(splits, width // 64), 32))
     columns = columns_of(heads_per_key)
     fixed = columns * (head_dim * 6 + 2 * BLOCK_SIZE) + 4096
-    stage = 4 * BLOCK_SIZE * head_dim
+    stage = 2 * kv_bytes * BLOCK_SIZE * head_dim
+    if kv_bytes == 1:
+        fixed += 4 * BLOCK_SIZE * head_dim
+        stage += 8 * BLOCK_SIZE
     stages = (SMEM_BYTES // 2 - 1024 - fixed) // stage
     if stages < 2:
         stages = (SMEM_BYTES - 1024 - fixed) // stage
@@ -65,6 +81,8 @@ def decode_attention(
     window: int | None = None,
     bias: Bias | None = None,
     sinks: jax.Array | None = None,
+    key_scales: jax.Array | None = None,
+    value_scales: jax.Array | None = None,
     implementation: DecodeImplementation | None = None,
     config: DecodeConfig | None = None,
 ) -> jax.Array:
@@ -72,7 +90,8 @@ def decode_attention(
 
     Args:
         query: [B, G, R, D].
-        key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written.
+        key_blocks, value_blocks: [N, G, 64, D], the queries' own keys and values already written; of 8 bits where they
+            come with factors.
         tables: int32 [B, W]; entries past a sequence's length may name any block, and what lies there is not read.
         lengths: int32 [B], tokens of each sequence, its query's included; at most W * 64. 0 marks an idle row, whose
             result is zero.
@@ -81,7 +100,8 @@ def decode_attention(
         window: a query sees itself and the ``window - 1`` keys before it; blocks before them are not read.
         bias: ALiBi, slopes [G, R].
         sinks: [G, R] logits that take part in the softmax and have no value (as in GPT-OSS).
-        implementation: ``mosaic`` or ``reference``; None is ``reference``, until the kernel has been measured.
+        key_scales, value_scales: float32 [N, G, 64], factors of keys and values of 8 bits; None where they are not.
+        implementation: ``mosaic`` or ``reference``; None is ``reference``, which runs everywhere.
         config: how ``mosaic`` divides its work; None asks :func:`decode_config`.
 
     Returns:
@@ -90,11 +110,12 @@ def decode_attention(
     Raises:
         ValueError: arguments that do not fit together, or that the named implementation cannot run.
     """
-    _check(query, key_blocks, value_blocks, tables, lengths, window, bias, sinks)
+    _check(query, key_blocks, value_blocks, tables, lengths, window, bias, sinks, key_scales, value_scales)
     if implementation is None or implementation == "reference":
         return _reference(
             query, key_blocks, value_blocks, tables, lengths,
             scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+            key_scales=key_scales, value_scales=value_scales,
         )  # fmt: skip
     if implementation != "mosaic":
         raise ValueError(f"implementation must be 'mosaic', 'reference' or None, got {implementation!r}")
@@ -102,8 +123,9 @@ def decode_attention(
     if config is None:
         batch, groups, heads_per_key, dim = query.shape
         config = decode_config(
-            batch=batch, groups=groups, heads_per_key=heads_per_key, width=tables.shape[1], head_dim=dim
-        )
+            batch=batch, groups=groups, heads_per_key=heads_per_key, width=tables.shape[1], head_dim=dim,
+            kv_bytes=key_blocks.dtype.itemsize,
+        )  # fmt: skip
     if config.splits < 1 or config.stages < 1:
         raise ValueError(f"config: splits and stages must be at least 1, got {config}")
     if config.fused and not 2 <= config.splits <= 8:
@@ -111,6 +133,7 @@ def decode_attention(
     splits = split_attention(
         query, key_blocks, value_blocks, tables, lengths, config,
         scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+        key_scales=key_scales, value_scales=value_scales,
     )  # fmt: skip
     return splits if isinstance(splits, jax.Array) else _combine(*splits, sinks, query.dtype)
 
@@ -124,6 +147,8 @@ def _check(
     window: int | None,
     bias: Bias | None,
     sinks: jax.Array | None,
+    key_scales: jax.Array | None,
+    value_scales: jax.Array | None,
 ) -> None:
     """Refuse arguments that do not fit together."""
     if query.ndim != 4 or 0 in query.shape:
@@ -136,6 +161,14 @@ def _check(
             )
     if key_blocks.shape != value_blocks.shape:
         raise ValueError(f"key_blocks {key_blocks.shape} and value_blocks {value_blocks.shape} differ")
+    for name, blocks, scales in (("key", key_blocks, key_scales), ("value", value_blocks, value_scales)):
+        if (scales is not None) != (blocks.dtype.itemsize == 1):
+            given = "without" if scales is None else "with"
+            raise ValueError(f"{name}_scales come with blocks of 8 bits, got {name}_blocks of {blocks.dtype} {given}")
+        if scales is not None and (scales.shape != blocks.shape[:3] or scales.dtype != jnp.float32):
+            raise ValueError(
+                f"{name}_scales must be float32 {list(blocks.shape[:3])}, got {scales.dtype} {scales.shape}"
+            )
     if tables.ndim != 2 or tables.shape[0] != batch or tables.shape[1] == 0 or tables.dtype != jnp.int32:
         raise ValueError(f"tables must be int32 [{batch}, W] with W > 0, got {tables.dtype} {tables.shape}")
     if lengths.shape != (batch,) or lengths.dtype != jnp.int32:
@@ -150,16 +183,10 @@ def _check(
 def _check_mosaic(query: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array) -> None:
     """Refuse what the kernel cannot run."""
     _, _, heads_per_key, dim = query.shape
-    dtypes = {query.dtype, key_blocks.dtype, value_blocks.dtype}
     problem = None
-    if len(dtypes) > 1:
-        problem = "mixed dtypes " + ", ".join(sorted(str(dtype) for dtype in dtypes))
-    elif query.dtype not in (jnp.bfloat16, jnp.float16):
-        problem = f"dtype {query.dtype}"
-    elif dim not in MAX_HEADS:
-        problem = f"head_dim {dim}"
-    elif heads_per_key > MAX_HEADS[dim]:
-        problem = f"{heads_per_key} query heads a key head with head_dim {dim}"
+    if key_blocks.dtype != value_blocks.dtype:
+        problem = f"keys of {key_blocks.dtype} with values of {value_blocks.dtype}"
+    problem = problem or decode_problem(query.dtype, key_blocks.dtype, head_dim=dim, heads_per_key=heads_per_key)
     if problem is not None:
         raise ValueError(f"decode_attention: implementation 'mosaic' does not run {problem}; {RUNS}")
 
@@ -176,12 +203,20 @@ def _reference(
     window: int | None,
     bias: Bias | None,
     sinks: jax.Array | None,
+    key_scales: jax.Array | None,
+    value_scales: jax.Array | None,
 ) -> jax.Array:
     """The same by :func:`pallas_kernels.attention.paged_attention`."""
     lengths = jnp.minimum(lengths, tables.shape[1] * BLOCK_SIZE)
+    _, _, heads_per_key, dim = query.shape
+    # Named, since left to choose it would come back to the kernel where that runs.
+    chosen = attention_choice(
+        device(), query_tokens=1, heads_per_key=heads_per_key, head_dim=dim, dtype=query.dtype, paged=False
+    ).implementation
     out = paged_attention(
         query[:, None], key_blocks, value_blocks, tables, lengths[:, None] - 1,
         scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+        key_scales=key_scales, value_scales=value_scales, implementation=chosen,
     )[:, 0]  # fmt: skip
     return jnp.where((lengths > 0)[:, None, None, None], out, jnp.zeros((), out.dtype))
 

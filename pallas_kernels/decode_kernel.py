@@ -5,6 +5,9 @@ table and keeps a ring of TMA copies in flight; its first computes, for each blo
 output as ``V^T p^T``. Keys are the 64 rows of wgmma and query heads its columns, so a few query heads cost the tensor
 cores and the softmax 8 columns, where heads as rows would cost 64. A sequence's blocks are divided evenly among the
 splits; each gives an unnormalised output, a maximum and a sum, which one fusion of XLA puts together.
+
+Keys and values of 8 bits are widened on their way from one tile of shared memory to another, exactly; a key's factor
+multiplies its row of the scores, and a value's factor its row of the weights.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import BLOCK_SIZE, Bias
 
 LOG2E = math.log2(math.e)
+SLICE = 64
+"""Entries of 64 rows of 8 bits that are in registers at once while they are widened."""
 NEVER = -1e30
 """Score of a hidden key, and the maximum before the first key: finite, and exp2 of it is 0."""
 
@@ -72,6 +77,11 @@ def _transforms(columns: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(2 * tile)  # type: ignore[abstract]
 
 
+def _narrow_transforms() -> tuple[Any, ...]:
+    """The same for 8-bit entries, whose tiles are as wide as the slices that are widened at a time."""
+    return plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(SLICE)  # type: ignore[abstract]
+
+
 def split_attention(
     query: jax.Array,
     key_blocks: jax.Array,
@@ -85,6 +95,8 @@ def split_attention(
     window: int | None,
     bias: Bias | None,
     sinks: jax.Array | None,
+    key_scales: jax.Array | None = None,
+    value_scales: jax.Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Run the kernel; arguments as in :func:`pallas_kernels.decode_attention.decode_attention`, checked by it.
 
@@ -100,6 +112,8 @@ def split_attention(
     # The rows of wgmma come in 64s. Where they do not divide the head, two products overlap: 0..63 and D-64..D-1.
     parts = ((0, dim),) if dim % 64 == 0 else ((0, 64), (dim - 64, 64))
     whole = splits == 1 or config.fused
+    narrow = key_scales is not None and value_scales is not None
+    factors = {"keys": key_scales, "values": value_scales} if narrow else {}
     padding = ((0, 0), (0, columns - heads))
     rows: dict[str, jax.Array] = {}
     if bias is not None:
@@ -125,8 +139,9 @@ def split_attention(
 
     def decode_attention_kernel(
         query_gmem: Any, keys_gmem: Any, values_gmem: Any, tables_gmem: Any, lengths_gmem: Any, rows_gmem: Any,
-        out_gmem: Any, query_smem: Any, keys_smem: Any, values_smem: Any, weights_smem: Any, out_smem: Any,
-        query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any, values_used: Any, sent: Any = (),
+        factors_gmem: Any, out_gmem: Any, query_smem: Any, keys_smem: Any, values_smem: Any, weights_smem: Any,
+        out_smem: Any, query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any, values_used: Any,
+        widened: Any, sent: Any = (),
     ) -> None:  # fmt: skip
         sequence, group, split = (lax.axis_index(name) for name in ("sequence", "group", "split"))
         warpgroup = lax.axis_index("warpgroup")
@@ -141,9 +156,31 @@ def split_attention(
 
         def copy_keys(block: Any, slot: Any) -> None:
             plgpu.copy_gmem_to_smem(keys_gmem.at[block, group], keys_smem.at[slot], keys_ready.at[slot])
+            copy_factors("keys", block, slot, keys_ready)
 
         def copy_values(block: Any, slot: Any) -> None:
             plgpu.copy_gmem_to_smem(values_gmem.at[block, group], values_smem.at[slot], values_ready.at[slot])
+            copy_factors("values", block, slot, values_ready)
+
+        def copy_factors(name: str, block: Any, slot: Any, ready: Any) -> None:
+            if narrow:
+                source = factors_gmem[name].at[block, group]
+                plgpu.copy_gmem_to_smem(source, widened[f"{name} factors"].at[slot], ready.at[slot])
+
+        def widen(tile: Any, name: str, slot: Any) -> Any:
+            """Widen the 8 bits of a tile into another one; gives the factors at every column of the scores."""
+            for offset in range(0, dim, SLICE):
+                some = pl.ds(offset, SLICE)
+                value = plgpu.load(tile.at[:, some], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+                value = plgpu.layout_cast(value, layout)
+                if tile.dtype == jnp.float8_e4m3fn:
+                    # Hopper widens e4m3 to float16 only; by float32, each value is kept on its way to bfloat16.
+                    value = value.astype(jnp.float16)
+                    value = value if dtype == jnp.float16 else value.astype(jnp.float32)
+                widened[name][:, some] = value.astype(dtype)
+            factor = plgpu.load(widened[f"{name} factors"].at[slot], layout=layout.reduce(1), optimized=False)
+            plgpu.commit_smem()
+            return lax.broadcast_in_dim(factor, scores_shape, (0,))
 
         def produce() -> None:
             # All ids before the first copy: each is a read of GMEM, and one after the other would cost their latencies.
@@ -169,12 +206,15 @@ def split_attention(
 
         def scores_of(slot: Any, base: Any) -> Any:
             """Scores of a block's keys in units of log2, hidden ones NEVER: [64, columns]."""
+            factor = widen(keys_smem.at[slot], "keys", slot) if narrow else None
 
             def product(acc: Any) -> Any:
-                plgpu.wgmma(acc, keys_smem.at[slot], query_smem.T)
+                plgpu.wgmma(acc, widened["keys"] if narrow else keys_smem.at[slot], query_smem.T)
                 return acc[...]
 
             scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(scores_shape, jnp.float32))
+            if factor is not None:
+                scores = scores * factor
             positions = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=layout) + base
             alibi = None
             if bias is not None:
@@ -199,13 +239,13 @@ def split_attention(
                 visible &= positions >= length - min(window, width * BLOCK_SIZE)
             return jnp.where(visible, scores, NEVER)
 
-        def clear_past_end(slot: Any, base: Any) -> None:
+        def clear_past_end(tile: Any, base: Any) -> None:
             # What lies past a sequence's end may be NaN, and zero times NaN is NaN.
             @pl.when(base + BLOCK_SIZE > length)
             def _() -> None:
                 places = plgpu.broadcasted_iota(jnp.int32, (BLOCK_SIZE, dim), 0, layout=layout)
-                values = plgpu.load(values_smem.at[slot], layout=layout)
-                values_smem[slot] = jnp.where(places + base < length, values, jnp.zeros_like(values))
+                values = plgpu.load(tile, layout=layout)
+                tile[...] = jnp.where(places + base < length, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
         def step(index: Any, carry: Any) -> Any:
@@ -225,14 +265,22 @@ def split_attention(
             weights = jnp.exp2(scores - across(raised, BLOCK_SIZE))
             # Summed over keys only at the end: a sum over rows goes through shared memory.
             total = total * across(fade, BLOCK_SIZE) + weights
+            if narrow:
+                plgpu.barrier_wait(values_ready.at[slot])
+                factor = widen(values_smem.at[slot], "values", slot)
+                place = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=layout) + base
+                # A factor that nobody wrote may be NaN too.
+                weights = weights * jnp.where(place < length, factor, jnp.zeros_like(factor))
             weights_smem.T[...] = plgpu.layout_cast(weights.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            plgpu.barrier_wait(values_ready.at[slot])
-            clear_past_end(slot, base)
+            if not narrow:
+                plgpu.barrier_wait(values_ready.at[slot])
+            tile = widened["values"] if narrow else values_smem.at[slot]
+            clear_past_end(tile, base)
 
             def product(*accs: Any) -> Any:
                 for acc, (offset, size) in zip(accs, parts, strict=True):
-                    values = values_smem.at[slot]
+                    values = tile
                     if size != dim:
                         values = values.at[:, pl.ds(offset, size)]
                     plgpu.wgmma(acc, values.T, weights_smem.T)
@@ -330,6 +378,11 @@ def split_attention(
             pl.when(count > 0)(work)
 
     block = (stages, BLOCK_SIZE, dim)
+    widened: dict[str, Any] = {}
+    for name in factors:
+        widened[name] = plgpu.SMEM((BLOCK_SIZE, dim), dtype, transforms=_transforms(dim))
+        widened[f"{name} factors"] = plgpu.SMEM((stages, BLOCK_SIZE), jnp.float32)
+    stored = _narrow_transforms() if narrow else _transforms(dim)
     staging: tuple[Any, ...] = ()
     if dim % 64 and heads % 8 == 0:
         # Left to itself Mosaic tiles what can be tiled by 64, which does not divide the result's rows.
@@ -343,13 +396,15 @@ def split_attention(
         out_type=out_type,
         scratch_types=[
             plgpu.SMEM((columns, dim), dtype, transforms=_transforms(dim)),
-            plgpu.SMEM(block, dtype, transforms=_transforms(dim)),
-            plgpu.SMEM(block, dtype, transforms=_transforms(dim)),
+            plgpu.SMEM(block, key_blocks.dtype, transforms=stored),
+            plgpu.SMEM(block, value_blocks.dtype, transforms=stored),
             # wgmma has one swizzle for both operands.
             plgpu.SMEM((columns, BLOCK_SIZE), dtype, transforms=_transforms(math.gcd(dim, BLOCK_SIZE))),
             [plgpu.SMEM((columns, size), out_type["out"].dtype, transforms=staging) for _, size in parts],
             plgpu.Barrier(),
-            *(plgpu.Barrier(num_barriers=stages) for _ in range(4)),
+            *(plgpu.Barrier(num_arrivals=1 + narrow, num_barriers=stages) for _ in range(2)),
+            *(plgpu.Barrier(num_barriers=stages) for _ in range(2)),
+            widened,
             *([sent] if config.fused else []),
         ],
         grid=(batch, groups) if config.fused else (batch, groups, splits),
@@ -359,7 +414,7 @@ def split_attention(
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
-    )(jnp.pad(query, ((0, 0), (0, 0), *padding[1:], (0, 0))), key_blocks, value_blocks, tables, lengths, rows)
+    )(jnp.pad(query, ((0, 0), (0, 0), *padding[1:], (0, 0))), key_blocks, value_blocks, tables, lengths, rows, factors)
     if whole:
         return results["out"][:, :, 0]
     first, last, share = block_range(

@@ -27,7 +27,7 @@ from jax import lax
 from pallas_kernels.einsum import einsum_f32
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
-"""The names are those of ``jaxinfer.models.mlp.ACTIVATIONS``; ``gelu`` is the exact one."""
+"""The names are those of ``pallas_kernels.linear.ACTIVATIONS``; ``gelu`` is the exact one."""
 
 MAX_ROWS = 64
 """Rows up to which the kernel is made: above, x no longer is small beside the weight."""

@@ -60,11 +60,24 @@ def missing() -> str | None:
 
 def compile_cases(module: str, names: Sequence[str], timeout: float = 280) -> dict[str, Report]:
     """Compile the named cases of ``module``, which has ``CASES: dict[str, Callable[[], (function, arguments)]]``."""
+    command = [sys.executable, "-m", "tests.aot", module, *names]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    reports = dict(_read(part) for part in ran.stdout.split(MARK)[1:])
+    lost = [name for name in names if name not in reports]
+    if lost:
+        raise RuntimeError(f"cases {lost} were not compiled:\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")
+    return reports
+
+
+def environment() -> dict[str, str]:
+    """The variables of a process that compiles."""
     ptxas = _ptxas()
     assert ptxas is not None
     path = f"{ptxas.parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    environment |= {
+    chosen = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    chosen |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
@@ -72,16 +85,8 @@ def compile_cases(module: str, names: Sequence[str], timeout: float = 280) -> di
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(folder()))),
     }
     if not shutil.which("nvcc"):
-        environment["CUDA_HOME"] = str(ptxas.parents[1])
-    command = [sys.executable, "-m", "tests.aot", module, *names]
-    ran = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    reports = dict(_read(part) for part in ran.stdout.split(MARK)[1:])
-    lost = [name for name in names if name not in reports]
-    if lost:
-        raise RuntimeError(f"cases {lost} were not compiled:\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")
-    return reports
+        chosen["CUDA_HOME"] = str(ptxas.parents[1])
+    return chosen
 
 
 def _read(part: str) -> tuple[str, Report]:
@@ -98,18 +103,24 @@ def _read(part: str) -> tuple[str, Report]:
     )
 
 
+def described() -> Any:
+    """The described GPU, a ``jax.Device`` that is not here."""
+    import jax
+    from jax.experimental import topologies
+
+    jax.devices()  # the plugin registers itself when JAX looks for platforms
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="NVIDIA H200", topology="1x1x1", target_config=TARGET.read_text()
+    ).devices[0]
+
+
 def compiler() -> Callable[..., Any]:
     """Return a function that compiles ``function`` for the described GPU at arguments of given shapes and dtypes."""
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    jax.devices()  # the plugin registers itself when JAX looks for platforms
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="NVIDIA H200", topology="1x1x1", target_config=TARGET.read_text()
-    )
-    sharding = NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+    sharding = NamedSharding(Mesh(np.array([described()]), ("x",)), PartitionSpec())
 
     def compile_one(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), list(arguments))

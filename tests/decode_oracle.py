@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import BLOCK_SIZE, Bias
+from pallas_kernels.attention import quantize_rows
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -66,6 +67,16 @@ def poisoned(
     for array in blocks:
         array.swapaxes(1, 2)[~used] = np.nan
     return blocks[0], blocks[1], tables
+
+
+def narrowed(keys: np.ndarray, values: np.ndarray, dtype: Any) -> tuple[list[Any], list[np.ndarray]]:
+    """Keys, values and their factors of 8 bits, and the keys and values that they stand for; NaN stays NaN."""
+    held, wide = [], []
+    for blocks in (keys, values):
+        rows, factors = quantize_rows(jnp.asarray(blocks), dtype)
+        held.append((rows, factors))
+        wide.append(np.asarray(rows, np.float32) * np.asarray(factors)[..., None])
+    return [held[0][0], held[1][0], held[0][1], held[1][1]], wide
 
 
 def arguments(options: dict[str, Any], groups: int, heads: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,17 +8,23 @@ only differ from float32's where that finds the two nearer than four times the e
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
 import torch
 
 import jaxinfer
+from pallas_kernels import Device
 from tests.bare import steady
-from tests.cases import CASES
+from tests.cases import CASES, Case, case
 from tests.oracle import checkpoint, prompts, rms, shared_root, torch_logits, torch_model
 
 pytestmark = pytest.mark.gpu
 STEPS = 32
+PLACE = "cuda"
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +60,53 @@ def test_float32_is_that_of_torch(chosen, root):
     with jaxinfer.init_inference(folder, mesh={"tensor": 1}, dtype="float32", max_batch=4, decode_chunk=8) as engine:
         for got, prompt in zip(engine.logits(asked), asked, strict=True):
             np.testing.assert_allclose(got, torch_logits(exact, prompt), atol=2e-4, rtol=1e-3)
+
+
+def _wide(name: str, **changes: Any) -> Case:
+    """A case in sizes that the kernels run: heads of 64, and rows of which 16 divides."""
+    chosen = case(name)
+    return dataclasses.replace(chosen, name=f"{chosen.name}-wide", options={**chosen.options, **changes})
+
+
+_SIZES = {"hidden_size": 256, "num_attention_heads": 4}
+WIDE = [
+    _wide("llama-plain", **_SIZES, num_key_value_heads=2, intermediate_size=704),
+    _wide("gpt2-plain", n_embd=256, n_head=4),
+    _wide("gpt_neox-parallel", **_SIZES, intermediate_size=512),
+    _wide("gemma2-plain", **_SIZES, num_key_value_heads=1, head_dim=64, intermediate_size=512),
+    _wide("falcon-multi-query", **_SIZES),
+    _wide("falcon-alibi", **_SIZES),
+    _wide("qwen3-plain", hidden_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=128),
+]
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("chosen", WIDE, ids=lambda chosen: chosen.name)
+def test_decode_by_the_kernels_is_as_near_to_float32_as_prefill_of_torch(chosen, kv_dtype, root):
+    """Log-probabilities of the tokens that decode said, step by step, against one forward over them all."""
+    folder = checkpoint(chosen, root)
+    asked = steady(folder, prompts(chosen), STEPS)
+    sampling = jaxinfer.SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
+    with jaxinfer.init_inference(
+        folder, mesh={"tensor": 1}, dtype="bfloat16", max_batch=4, decode_chunk=8, kv_dtype=kv_dtype
+    ) as engine:
+        serving = {choice.op: choice.implementation for choice in engine.implementations}
+        outputs = [output.outputs[0] for output in engine.generate(asked, sampling)]
+    if Device.of(jax.devices()[0]).hopper:
+        assert serving["decode attention"] == serving["products of up to 64 rows"] == "mosaic"
+    found = [
+        np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs, strict=True)]) for o in outputs
+    ]
+
+    def theirs(dtype: torch.dtype) -> list[np.ndarray]:
+        model = torch_model(folder, chosen, dtype, device=PLACE)
+        rows = []
+        for prompt, output in zip(asked, outputs, strict=True):
+            logits = torch_logits(model, prompt + output.token_ids[:-1])[len(prompt) - 1 :]
+            rows.append(torch.log_softmax(torch.tensor(logits), -1).numpy()[np.arange(STEPS), output.token_ids])
+        return rows
+
+    exact = theirs(torch.float32)
+    error, allowed = rms(found, exact), rms(theirs(torch.bfloat16), exact)
+    # 8 bits of a cache are rounded once more, e4m3 to 4 bits of mantissa where bfloat16 has 8.
+    assert error <= {"auto": 1.5, "int8": 2.0, "fp8": 8.0}[kv_dtype] * allowed, (error, allowed)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxinfer import progress as bars
-from jaxinfer.checkpoints.boxes import nbytes_of
+from jaxinfer.checkpoints.boxes import Box, nbytes_of, view
 from jaxinfer.checkpoints.folder import INDEX_FILE, Checkpoint, confined
 from jaxinfer.checkpoints.frugal import Kept, handlers
+from jaxinfer.checkpoints.loader import cut
 from jaxinfer.checkpoints.manifest import (
     DTYPES,
     MANIFEST,
@@ -31,6 +34,7 @@ from jaxinfer.checkpoints.manifest import (
     VERSION,
     WEIGHTS,
     Manifest,
+    Quantized,
     StoredFile,
     StoredTensor,
     chunks,
@@ -40,11 +44,13 @@ from jaxinfer.checkpoints.manifest import (
     sync,
     write_json,
 )  # fmt: skip
-from jaxinfer.checkpoints.store import Store, is_store, open_tensor
+from jaxinfer.checkpoints.quantizing import quantize_box, scale_box
+from jaxinfer.checkpoints.store import Store, is_store, open_tensor, threads
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.models.sources import Piece, Sources
 from jaxinfer.models.spec import Layout
 from jaxinfer.pretrained import Pretrained
+from jaxinfer.quantization import Quantization, check_method, wire_dtype, wire_shape
 
 CHUNK_BYTES = 8 << 20
 """Of 1 to 32 MiB the fastest to read: smaller ones cost calls, larger ones page faults."""
@@ -52,7 +58,14 @@ SLACK_BYTES = 64 << 20
 _SIDE_FILES = re.compile(r"[^/]+\.(json|txt|jinja)|tokenizer\.model")
 
 
-def convert(model: str | Path, out: str | Path, dtype: str | None = None, *, progress: bool | None = None) -> Path:
+def convert(
+    model: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    *,
+    quantize: str | None = None,
+    progress: bool | None = None,
+) -> Path:
     """Convert a checkpoint to a store, of which every byte is verified when it is read.
 
     Host memory: the largest layer, embedding or head, and less than 0.6 GiB (a test watches it). A conversion that was
@@ -63,24 +76,27 @@ def convert(model: str | Path, out: str | Path, dtype: str | None = None, *, pro
         model: a folder as transformers writes it, a Hugging Face hub id, or ``"demo"`` for the bundled model.
         out: the store's folder, which must not exist.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps what each tensor has.
+        quantize: store the weights of attention and MLP as ``int8``, ``int4`` or ``fp8``, with their factors.
         progress: show a bar; None shows it in a terminal or notebook.
 
     Returns:
         The store's folder.
 
     Raises:
-        ConfigError: the configuration is malformed, or asks for something that is not implemented.
+        ConfigError: the configuration is malformed, or asks for something that is not implemented; int4 for a weight
+            whose inputs no group divides.
         CheckpointError: the checkpoint is damaged; ``out`` exists; the disk is too small; another process converts to
-            the same place.
+            the same place; a weight that is to be quantized is not finite.
     """
     place = Path(out).expanduser().absolute()
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_method(quantize)
     with Pretrained(model) as pretrained:
         if not isinstance(pretrained.checkpoint, Checkpoint):
             raise CheckpointError(f"{pretrained.folder}: expected a folder of safetensors, got a store")
         sources = pretrained.sources(Layout.of(pretrained.spec))
-        conversion = _Conversion(pretrained, pretrained.checkpoint, sources, place, dtype)
+        conversion = _Conversion(pretrained, pretrained.checkpoint, sources, place, dtype, quantize)
         try:
             with conversion.opened() as finished:
                 if not finished:
@@ -96,14 +112,25 @@ class _Conversion:
     """One conversion: what to write, and where."""
 
     def __init__(
-        self, pretrained: Pretrained, checkpoint: Checkpoint, sources: Sources, place: Path, dtype: str | None
+        self,
+        pretrained: Pretrained,
+        checkpoint: Checkpoint,
+        sources: Sources,
+        place: Path,
+        dtype: str | None,
+        quantize: str | None,
     ) -> None:
         self.checkpoint, self.sources, self.place, self.dtype = checkpoint, sources, place, dtype
+        self.quantize = quantize
         self.source = pretrained.folder
         self.folder = place.with_name(f"{place.name}.partial")
         self.store, self.notes = self.folder / "store", self.folder / "notes"
-        self.parameters = pretrained.parameters()
+        self.parameters = pretrained.parameters(quantize=quantize)
         self.dtypes = {path: self._stored(path) for path in self.parameters}
+        self.shapes = {
+            path: info.shape if info.quantization is None else wire_shape(info.shape, info.quantization.method)
+            for path, info in self.parameters.items()
+        }
         self.groups: dict[str, list[str]] = {}
         for path in self.parameters:
             self.groups.setdefault(group_of(path), []).append(path)
@@ -165,12 +192,19 @@ class _Conversion:
         return {
             "version": VERSION,
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "files": [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
         }
 
     def _stored(self, path: str) -> np.dtype:
-        if self.dtype is not None:
-            return DTYPES[self.dtype]
+        info = self.parameters[path]
+        if info.quantization is not None:
+            return wire_dtype(info.quantization.method)
+        if info.factors:
+            return np.dtype(np.float32)
+        return self._read_as(path) if self.dtype is None else DTYPES[self.dtype]
+
+    def _read_as(self, path: str) -> np.dtype:
         found = {self.checkpoint.tensors[piece.name].dtype for piece in self.sources[path]}
         # As the loader has it: mixed pieces and float64 become float32.
         only = found.pop() if len(found) == 1 else np.dtype(np.float32)
@@ -178,7 +212,7 @@ class _Conversion:
 
     def _nbytes(self, groups: Any) -> int:
         paths = (path for group in groups for path in self.groups[group])
-        return sum(nbytes_of(self.parameters[path].shape, self.dtypes[path]) for path in paths)
+        return sum(nbytes_of(self.shapes[path], self.dtypes[path]) for path in paths)
 
     def _check_space(self, done: Mapping[str, Any]) -> None:
         needed = self._nbytes(self.groups) - self._nbytes(done)
@@ -198,14 +232,21 @@ class _Conversion:
     def _write(self, group: str) -> dict[str, StoredTensor]:
         """Write a group: the checkpoint, then the note that says it is good."""
         folder = self.store / WEIGHTS / group
-        arrays = {path: self._array(path).view(Kept) for path in self.groups[group]}
+        arrays: dict[str, np.ndarray] = {}
+        for path in self.groups[group]:
+            info = self.parameters[path]
+            if info.quantization is not None:
+                arrays[path], arrays[f"{path}_scale"] = self._quantized(path, info.quantization)
+            elif not info.factors:
+                arrays[path] = self._array(path, self.dtypes[path])
         arguments = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in arrays}
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=handlers()
         )
         with ocp.Checkpointer(handler) as checkpointer:
             try:
-                checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=arguments))
+                kept = {path: values.view(Kept) for path, values in arrays.items()}
+                checkpointer.save(folder, args=ocp.args.PyTreeSave(kept, save_args=arguments))
             except ValueError as error:  # TensorStore's: a full disk, a limit on the size of files
                 reason = " ".join(str(error).split())[:400]
                 raise CheckpointError(f"{folder}: tensors of {group} cannot be written: {reason}") from None
@@ -218,9 +259,25 @@ class _Conversion:
         write_json(self.notes / f"{group}.json", {path: tensor.to_json() for path, tensor in tensors.items()})
         return tensors
 
-    def _array(self, path: str) -> np.ndarray:
-        """A parameter, laid out for one device."""
-        values = np.zeros(self.parameters[path].shape, self.dtypes[path])
+    def _quantized(self, path: str, how: Quantization) -> tuple[np.ndarray, np.ndarray]:
+        """A weight as it is stored and its factors; quantized from what the checkpoint has, in threads."""
+        weight = self._array(path, self._read_as(path))
+        values = np.empty(self.shapes[path], self.dtypes[path])
+        scales = np.empty(how.scale_shape(weight.shape), np.float32)
+        channels, inputs = weight.shape[: weight.ndim - how.inputs], weight.shape[weight.ndim - how.inputs :]
+
+        def one(box: Box) -> None:
+            found = quantize_box(path, view(weight, box), how)
+            view(values, box)[...], view(scales, scale_box(box, weight.shape, how))[...] = found
+
+        with ThreadPoolExecutor(threads(), "jaxinfer-quantize") as pool:
+            for _ in pool.map(one, cut(channels, math.prod(inputs) * weight.itemsize)):
+                pass
+        return values, scales
+
+    def _array(self, path: str, dtype: np.dtype) -> np.ndarray:
+        """A parameter as the checkpoint has it, laid out for one device."""
+        values = np.zeros(self.parameters[path].shape, dtype)
         for piece in self.sources[path]:
             self._read(piece, values[piece.region or ...])
         return values
@@ -245,7 +302,14 @@ class _Conversion:
         for path in sorted((self.store / WEIGHTS).rglob("*")):
             if path.is_file():
                 files[path.relative_to(self.store).as_posix()] = StoredFile(path.stat().st_size)
-        Manifest(self.dtype, tensors, files).write(self.store)
+        Manifest(self.dtype, tensors, files, self._said()).write(self.store)
         Store(self.store).close()  # reads the manifest back
         os.rename(self.store, self.place)
         sync(self.place.parent)
+
+    def _said(self) -> Quantized | None:
+        """What the manifest says of quantization."""
+        if self.quantize is None:
+            return None
+        how = {".".join(path.split(".")[-2:]): info.quantization for path, info in self.parameters.items()}
+        return Quantized(self.quantize, {kind: q.group for kind, q in how.items() if q is not None and q.group})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from jaxinfer.checkpoints.boxes import (
 from jaxinfer.checkpoints.folder import Checkpoint
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.sources import Piece, Sources
+from jaxinfer.quantization import Quantization
 
 # Staging is all the host memory that loading to an accelerator holds: 16 threads with 16 MiB each, and as much again in
 # XLA. From page cache to an H200, 16 cores: 13.6 GB/s, and 11.8 with buffers registered with the driver (`dma_map`),
@@ -44,15 +45,19 @@ CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """What a parameter shall be: its global shape, its dtype, and where it lies."""
+    """What a parameter shall be: its global shape, its dtype, and where it lies.
+
+    ``quantization`` says how a quantized weight is; the factors then are a target of the same path with ``_scale``.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: NamedSharding | SingleDeviceSharding
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A piece, opened: its region of the parameter, and the view of the file that fills it."""
 
     name: str
@@ -67,7 +72,7 @@ class _Shard:
     path: str
     box: Box  # in the parameter's coordinates
     devices: tuple[jax.Device, ...]
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     staged: np.dtype  # what travels to the device: the file's dtype
     dtype: np.dtype  # what the parameter has
 
@@ -145,12 +150,12 @@ class _Loader:
     def _in_place(self, shard: _Shard) -> np.ndarray:
         # device_put adopts a buffer of this alignment instead of copying it, and no one else holds it.
         values = aligned(nbytes_of(shard.shape, shard.dtype)).view(shard.dtype).reshape(shard.shape)
-        for box in _boxes(shard.shape, shard.dtype.itemsize):
+        for box in cut(shard.shape, shard.dtype.itemsize):
             self._fill(shard, box, view(values, box))
         return values
 
     def _through_staging(self, shard: _Shard, device: jax.Device) -> jax.Array:
-        boxes = list(_boxes(shard.shape, shard.staged.itemsize))
+        boxes = list(cut(shard.shape, shard.staged.itemsize))
         array = None
         if len(boxes) > 1:
             # Chunks are written into the array by a donated update: putting 16 of them together at the end would take
@@ -181,20 +186,25 @@ class _Loader:
             raise CheckpointError("loading was stopped")
         origin = [part.start for part in shard.box]
         wanted = tuple(slice(a.start + o, a.stop + o) for a, o in zip(box, origin, strict=True))
-        overlaps = [(part, intersection(wanted, part.region)) for part in shard.parts]
-        if sum(size_of(overlap) for _, overlap in overlaps) < out.size:
-            out.view(f"u{out.itemsize}").fill(0)
-        for part, overlap in overlaps:
-            if size_of(overlap) == 0 and out.size:
-                continue
-            source = view(part.values, relative(overlap, part.region))
-            target = view(out, relative(overlap, wanted))
-            if source.dtype == target.dtype:
-                # As plain integers: numpy holds the interpreter lock while it copies bfloat16, and threads then queue.
-                source, target = (array.view(f"u{array.itemsize}") for array in (source, target))
-            self.checkpoint.read(part.name, source, target)
+        fill(self.checkpoint, shard.parts, wanted, out)
         with self._lock:
             self.bar.update(out.nbytes)
+
+
+def fill(checkpoint: Checkpoint, parts: Sequence[Part], wanted: Box, out: np.ndarray) -> None:
+    """Fill ``out`` with the region ``wanted`` of a parameter; what no part covers is zero."""
+    overlaps = [(part, intersection(wanted, part.region)) for part in parts]
+    if sum(size_of(overlap) for _, overlap in overlaps) < out.size:
+        out.view(f"u{out.itemsize}").fill(0)
+    for part, overlap in overlaps:
+        if size_of(overlap) == 0 and out.size:
+            continue
+        source = view(part.values, relative(overlap, part.region))
+        target = view(out, relative(overlap, wanted))
+        if source.dtype == target.dtype:
+            # As plain integers: numpy holds the interpreter lock while it copies bfloat16, and threads then queue.
+            source, target = (array.view(f"u{array.itemsize}") for array in (source, target))
+        checkpoint.read(part.name, source, target)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -210,15 +220,23 @@ def cast(chunk: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _shards(checkpoint: Checkpoint, path: str, pieces: tuple[Piece, ...], target: Target) -> list[_Shard]:
+    parts, staged = open_parts(checkpoint, path, pieces, target)
+    dtype = np.dtype(target.dtype)
+    return [_Shard(path, box, devices, parts, staged or dtype, dtype) for box, devices in shards_of(target)]
+
+
+def open_parts(
+    checkpoint: Checkpoint, path: str, pieces: tuple[Piece, ...], target: Target
+) -> tuple[tuple[Part, ...], np.dtype | None]:
+    """The parts that fill a parameter, and the dtype that they travel in; None where there are none."""
     parts = tuple(_part(checkpoint, path, piece, target) for piece in pieces)
     if sum(size_of(part.region) for part in parts) > math.prod(target.shape):
         raise ValueError(f"{path}: its pieces overlap; together they are larger than {target.shape}")
-    dtype = np.dtype(target.dtype)
     found = {part.values.dtype for part in parts}
-    staged = found.pop() if len(found) == 1 else np.dtype(np.float32) if found else dtype
+    staged = found.pop() if len(found) == 1 else np.dtype(np.float32) if found else None
     if staged == np.float64:
         staged = np.dtype(np.float32)  # JAX has no float64 unless asked; to bfloat16 by way of float32, as torch does
-    return [_Shard(path, box, devices, parts, staged, dtype) for box, devices in shards_of(target)]
+    return parts, staged
 
 
 def shards_of(target: Target) -> list[tuple[Box, tuple[jax.Device, ...]]]:
@@ -230,15 +248,15 @@ def shards_of(target: Target) -> list[tuple[Box, tuple[jax.Device, ...]]]:
     return [(tuple(slice(*side) for side in sides), tuple(devices)) for sides, devices in placements.items()]
 
 
-def _part(checkpoint: Checkpoint, path: str, piece: Piece, target: Target) -> _Part:
+def _part(checkpoint: Checkpoint, path: str, piece: Piece, target: Target) -> Part:
     region = concrete(piece.region or (), target.shape)
     values = piece.view(checkpoint.tensor(piece.name))
     if values.shape != shape_of(region):
         raise ValueError(f"{path}: {piece.name} has shape {values.shape} after its view, its region {shape_of(region)}")
-    return _Part(piece.name, region, values)
+    return Part(piece.name, region, values)
 
 
-def _boxes(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
+def cut(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
     """Cut a shape into boxes of at most `CHUNK_BYTES`, contiguous in C order, of equal size where that costs little."""
     inner = itemsize
     axis = len(shape)

@@ -10,6 +10,10 @@ A store is a folder::
 
 A digest belongs to a chunk, not to a tensor, so that a device's shard is verified without reading the rest. Orbax has
 none: it returns flipped bits silently. Groups are committed one by one, so that a conversion can go on after a kill.
+
+Of a quantized store the manifest says how (:class:`Quantized`): beside each quantized weight lie its factors, of the
+same path with ``_scale``. Values of int4 are uint8 here, two to a byte along the last axis, the even one in the low
+half: zarr3 would take a byte for each.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from jaxinfer.checkpoints.boxes import Box
 from jaxinfer.checkpoints.folder import confined
 from jaxinfer.checkpoints.safetensors import is_size, parse_json, quoted
 from jaxinfer.errors import CheckpointError, UnsupportedFormatError
+from jaxinfer.quantization import DTYPES as METHODS
+from jaxinfer.quantization import wire_dtype
 
 MANIFEST = "jaxinfer_store.json"
 PARTIAL = "jaxinfer_partial.json"
@@ -44,6 +50,8 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+STORED = DTYPES | {str(dtype): dtype for dtype in map(wire_dtype, METHODS)}
+PACKING = "two to a byte along the last axis, the even one in the low half"
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,8 @@ class StoredTensor:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "chunk", "crc32c"}:
             raise CheckpointError(f"{where}: expected exactly dtype, shape, chunk and crc32c, got {quoted(entry)}")
         dtype, shape, chunk, digests = (entry[key] for key in ("dtype", "shape", "chunk", "crc32c"))
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{where}: dtype: expected one of {', '.join(DTYPES)}, got {quoted(dtype)}")
+        if not isinstance(dtype, str) or dtype not in STORED:
+            raise CheckpointError(f"{where}: dtype: expected one of {', '.join(STORED)}, got {quoted(dtype)}")
         for name, sizes in (("shape", shape), ("chunk", chunk)):
             if not isinstance(sizes, list) or len(sizes) > 8 or not all(is_size(size) and size for size in sizes):
                 raise CheckpointError(f"{where}: {name}: expected at most 8 positive sizes, got {quoted(sizes)}")
@@ -111,7 +119,7 @@ class StoredTensor:
         if not good or len(digests) != count:
             got = len(digests) if good else quoted(digests)
             raise CheckpointError(f"{where}: crc32c: expected {count} numbers of 8 hexadecimal digits, got {got}")
-        return cls(path, DTYPES[dtype], tuple(shape), tuple(chunk), tuple(int(text, 16) for text in digests))
+        return cls(path, STORED[dtype], tuple(shape), tuple(chunk), tuple(int(text, 16) for text in digests))
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,44 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """How the weights of a store are quantized.
+
+    Attributes:
+        method: ``int8``, ``int4`` or ``fp8``.
+        groups: of int4, the inputs of a group for each kind of weight (``mlp.down``); otherwise empty.
+    """
+
+    method: str
+    groups: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The quantization as the manifest has it."""
+        packed = {"groups": dict(self.groups), "packing": PACKING} if self.method == "int4" else {}
+        return {"method": self.method} | packed
+
+    @classmethod
+    def from_json(cls, entry: Any, where: str) -> Quantized:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        method = entry.get("method") if isinstance(entry, dict) else None
+        if not isinstance(method, str) or method not in METHODS:
+            raise CheckpointError(
+                f"{where}: quantization: method: expected one of {', '.join(METHODS)}, got {quoted(entry)}"
+            )
+        groups = entry.get("groups", {})
+        if not isinstance(groups, dict) or not all(map(is_size, groups.values())):
+            raise CheckpointError(f"{where}: quantization: groups: expected weight -> inputs, got {quoted(groups)}")
+        found = cls(method, groups)
+        if entry != found.to_json():
+            raise CheckpointError(f"{where}: quantization: expected {found.to_json()}, got {quoted(entry)}")
+        return found
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a store holds.
 
@@ -130,11 +176,13 @@ class Manifest:
         dtype: what the conversion was asked to store, or None: each tensor as the checkpoint had it.
         tensors: parameter path -> tensor.
         files: name of every other file of the store -> its size and digest.
+        quantized: how weights are quantized, or None.
     """
 
     dtype: str | None
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, StoredFile]
+    quantized: Quantized | None = None
 
     def write(self, folder: Path) -> None:
         """Write it to a folder, all or nothing."""
@@ -142,6 +190,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "dtype": self.dtype,
+            **({} if self.quantized is None else {"quantization": self.quantized.to_json()}),
             "files": {
                 name: {"size": file.size} | ({} if file.crc32c is None else {"crc32c": f"{file.crc32c:08x}"})
                 for name, file in sorted(self.files.items())
@@ -172,7 +221,7 @@ class Manifest:
             raise UnsupportedFormatError(
                 f"{where}: version: expected {VERSION}, got {quoted(document.get('version'))}; convert the model again"
             )
-        if set(document) != {"format", "version", "dtype", "files", "tensors"}:
+        if set(document) - {"quantization"} != {"format", "version", "dtype", "files", "tensors"}:
             raise CheckpointError(f"{where}: expected format, version, dtype, files, tensors; got {sorted(document)}")
         dtype, files, tensors = document["dtype"], document["files"], document["tensors"]
         if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
@@ -183,10 +232,12 @@ class Manifest:
             raise CheckpointError(f"{where}: files: expected file name -> size, got {quoted(files)}")
         for name in files:
             confined(folder, name)
+        quantized = document.get("quantization")
         return cls(
             dtype,
             {path: StoredTensor.from_json(path, entry, str(where)) for path, entry in tensors.items()},
             {name: _file(name, entry, str(where)) for name, entry in files.items()},
+            None if "quantization" not in document else Quantized.from_json(quantized, str(where)),
         )
 
     def file_faults(self, folder: Path) -> list[str]:

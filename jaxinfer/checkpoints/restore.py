@@ -45,7 +45,7 @@ def restore(
         CheckpointError: a chunk cannot be read, or is damaged; then no array is given out.
     """
     shards = {
-        path: [_Shard(box, devices, store.tensors[path].dtype, np.dtype(target.dtype), moves[path])
+        path: [Assembly(box, devices, store.tensors[path].dtype, np.dtype(target.dtype), _covered(box, moves[path]))
                for box, devices in shards_of(target)]
         for path, target in targets.items()
     }  # fmt: skip
@@ -82,19 +82,26 @@ def restore(
     }
 
 
-class _Shard:
+class Assembly:
     """A shard that is being filled, from any thread.
 
     On a CPU it is assembled in its final place, which the array then adopts. On an accelerator, and where a cast is
     needed, parts are written into the array by donated updates.
+
+    Args:
+        box: the shard, in the parameter's coordinates.
+        devices: those that hold it.
+        stored: dtype of the parts.
+        dtype: of the array.
+        covered: whether parts will come for all of it; otherwise the rest is zero.
     """
 
     def __init__(
-        self, box: Box, devices: tuple[jax.Device, ...], stored: np.dtype, dtype: np.dtype, moves: Sequence[Move]
+        self, box: Box, devices: tuple[jax.Device, ...], stored: np.dtype, dtype: np.dtype, covered: bool
     ) -> None:
         self.box, self.devices, self.dtype = box, devices, dtype
         self.on_host = devices[0].platform == "cpu" and stored == dtype
-        self.covered = sum(size_of(intersection(box, move.target)) for move in moves) == size_of(box)
+        self.covered = covered
         self._lock = threading.Lock()
         self._values: np.ndarray | None = None
         self._array: jax.Array | None = None
@@ -146,10 +153,10 @@ class _Task:
     tensor: StoredTensor
     index: int
     box: Box
-    parts: tuple[tuple[_Shard, Box, Box], ...]
+    parts: tuple[tuple[Assembly, Box, Box], ...]
 
 
-def _tasks(tensor: StoredTensor, moves: Sequence[Move], shards: Sequence[_Shard]) -> Iterator[_Task]:
+def _tasks(tensor: StoredTensor, moves: Sequence[Move], shards: Sequence[Assembly]) -> Iterator[_Task]:
     """The chunks of a tensor of which a shard has a part."""
     for index, chunk in enumerate(tensor.boxes()):
         parts = []
@@ -165,6 +172,10 @@ def _tasks(tensor: StoredTensor, moves: Sequence[Move], shards: Sequence[_Shard]
                     parts.append((shard, relative(back, chunk), relative(common, shard.box)))
         if parts:
             yield _Task(tensor, index, chunk, tuple(parts))
+
+
+def _covered(box: Box, moves: Sequence[Move]) -> bool:
+    return sum(size_of(intersection(box, move.target)) for move in moves) == size_of(box)
 
 
 def _shifted(box: Box, origin: Box, to: Box) -> Box:

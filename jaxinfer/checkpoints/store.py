@@ -85,11 +85,16 @@ class Store:
         found = self.manifest.file_faults(self.path)
         return found + [f"{name} (not in {MANIFEST})" for name in commits if name not in self.manifest.files]
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype] | None = None) -> None:
         """Hold the store against what a model needs at the one-device layout, before a device holds anything.
 
+        Args:
+            shapes: parameter path -> shape as stored.
+            dtypes: those that tensors must have, where a cast would change what they mean: quantized weights and their
+                factors.
+
         Raises:
-            CheckpointError: tensors are missing, unexpected, or of another shape than the model or the files say.
+            CheckpointError: tensors are missing, unexpected, or of another shape or dtype than the model needs.
         """
         missing = [f"{path} {list(shape)}" for path, shape in shapes.items() if path not in self.tensors]
         unexpected = [path for path in self.tensors if path not in shapes]
@@ -98,7 +103,14 @@ class Store:
             for path, tensor in self.tensors.items()
             if path in shapes and tensor.shape != tuple(shapes[path])
         ]
-        faults = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
+        kinds = [
+            f"{path} (expected {dtypes[path]}, got {tensor.dtype})"
+            for path, tensor in self.tensors.items()
+            if dtypes and path in dtypes and tensor.dtype != dtypes[path]
+        ]
+        faults = {
+            "missing": missing, "unexpected": unexpected, "of the wrong shape": wrong, "of the wrong dtype": kinds,
+        }.items()  # fmt: skip
         found = [f"{len(names)} tensors {fault}: {listed(names)}" for fault, names in faults if names]
         if found:
             raise CheckpointError(f"{self.path / MANIFEST}: {'; '.join(found)}")

@@ -11,12 +11,13 @@ from flax import nnx
 import pallas_kernels as ops
 from jaxinfer.models import positions
 from jaxinfer.models.norm import Norm
-from jaxinfer.models.parameter import matmul, parameter
+from jaxinfer.models.parameter import array, parameter, weight
 from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
-from sharding import axis_index, psum
+from jaxinfer.quantization import quantization
+from sharding import axis_index, linear_psum
 
-LayerCache = tuple[jax.Array, jax.Array]
-"""Key and value blocks of one layer, each [N, G, 64, D]."""
+LayerCache = tuple[jax.Array, ...]
+"""Key and value blocks of one layer, each [N, G, 64, D]; of 8 bits also their factors, each float32 [N, G, 64]."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,13 +46,29 @@ class Attention(nnx.Module):
     off the local shape.
     """
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
-        """Declare the weights ``qkv`` [G, R + 2, D, H] and ``out`` [H, G, R, D]."""
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None
+    ) -> None:
+        """Declare the weights ``qkv`` [G, R + 2, D, H] and ``out`` [H, G, R, D].
+
+        Quantized, there are factors too: ``qkv_scale`` [G, R + 2, D] and ``out_scale`` [H], or of int4
+        [H / g, G, R + 2, D] and [G, R * D / g, H].
+
+        Raises:
+            ConfigError: int4, and no group divides the inputs.
+        """
         groups, dim = layout.kv_groups, spec.head_dim
         per_group = spec.heads // groups
         self.layer, self.softcap, self.alibi = layer, spec.softcap, spec.alibi
-        self.qkv = parameter((groups, per_group + 2, dim, spec.hidden), ("kv_heads", None, "head_dim", "hidden"), dtype)
-        self.out = parameter((spec.hidden, groups, per_group, dim), ("hidden", "kv_heads", None, "head_dim"), dtype)
+        qkv = out = None
+        if quantize is not None:
+            qkv = quantization(quantize, "attention.qkv", spec.hidden)
+            out = quantization(quantize, "attention.out", per_group * dim, inputs=3)
+        axes = ("kv_heads", None, "head_dim")
+        shape = (groups, per_group + 2, dim, spec.hidden)
+        self.qkv, self.qkv_scale = weight(shape, (*axes, "hidden"), dtype, qkv)
+        shape = (spec.hidden, groups, per_group, dim)
+        self.out, self.out_scale = weight(shape, ("hidden", *axes), dtype, out)
         self.qkv_biased, self.out_biased = spec.qkv_bias, spec.out_bias
         if spec.qkv_bias:
             self.qkv_bias = parameter((groups, per_group + 2, dim), ("kv_heads", None, "head_dim"), dtype)
@@ -62,12 +79,29 @@ class Attention(nnx.Module):
             self.query_norm = Norm(spec.qk_norm, dim, dtype)
             self.key_norm = Norm(spec.qk_norm, dim, dtype)
 
-    def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; new tokens are written to the cache."""
+    def __call__(
+        self,
+        x: jax.Array,
+        batch: Batch,
+        cache: LayerCache | None,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; new tokens are written to the cache.
+
+        Args:
+            x: hidden states.
+            batch: where they stand.
+            cache: the layer's blocks, or None.
+            norm: of ``x``, before all else.
+            residual: [B, T, H], added to the result.
+        """
         with jax.named_scope("attention"):
-            qkv = matmul(x, self.qkv[...])
-            if self.qkv_biased:
-                qkv = qkv + self.qkv_bias[...]
+            qkv = ops.linear(
+                x, self.qkv[...], array(self.qkv_scale),
+                norm=None if norm is None else norm.of_input(),
+                bias=self.qkv_bias[...] if self.qkv_biased else None,
+            )  # fmt: skip
             query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
             if self.normed:
                 query, key = self.query_norm(query), self.key_norm(key)
@@ -85,17 +119,22 @@ class Attention(nnx.Module):
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
             else:
-                keys = ops.write_blocks(cache[0], key, batch.tables, batch.positions)
-                values = ops.write_blocks(cache[1], value, batch.tables, batch.positions)
-                cache = (keys, values)
+                cache = ops.write_cache(cache, key, value, batch.tables, batch.positions)
+                keys, values, *factors = cache
+                key_scales, value_scales = factors or (None, None)
                 y = ops.paged_attention(
                     query, keys, values, batch.tables, batch.positions,
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
+                    key_scales=key_scales, value_scales=value_scales,
                 )  # fmt: skip
-            out = self.out[...]
-            y = matmul(y.reshape(*y.shape[:2], -1), out.reshape(out.shape[0], -1))
-            y = psum(y, "tensor")
-            return (y + self.out_bias[...] if self.out_biased else y), cache
+            out, out_scale = self.out[...], array(self.out_scale)
+            if out_scale is not None and out_scale.ndim > 1:
+                out_scale = out_scale.reshape(-1, out_scale.shape[-1])
+            y = linear_psum(
+                y.reshape(*y.shape[:2], -1), out.reshape(out.shape[0], -1), out_scale,
+                axis="tensor", bias=self.out_bias[...] if self.out_biased else None, residual=residual,
+            )  # fmt: skip
+            return y, cache
 
     def _bias(self, groups: int, per_group: int) -> ops.Bias | None:
         """ALiBi for this device's heads."""

@@ -204,7 +204,10 @@ def read_config(folder: Path) -> Any:
         method = (
             raw["quantization_config"].get("quant_method", "?") if isinstance(raw["quantization_config"], dict) else "?"
         )
-        raise ConfigError(f"{path}: quantization_config (quant_method {method!r}) is not implemented")
+        raise ConfigError(
+            f"{path}: quantization_config: weights that are quantized already (quant_method {method!r}) are not "
+            "implemented; take the checkpoint they were made from, and quantize="
+        )
     _finite(raw, str(path))
     _few_layers(raw, str(path))
     from transformers import AutoConfig

@@ -19,8 +19,11 @@ from jaxinfer.models.norm import Norm
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
 
-Half = Callable[[jax.Array], jax.Array]
-"""Attention or MLP as a function of hidden states."""
+Half = Callable[[jax.Array, Norm | None, jax.Array | None], jax.Array]
+"""Attention or MLP: of hidden states, the norm before it or None, and what is added to its result or None.
+
+Norm and residual are handed down, not written here, because a kernel computes both in the product beside them.
+"""
 
 # One function a way of joining the stream; ``norms`` are called n1, n2, n1b, n2b in ``spec.Residual``.
 RESIDUALS: dict[str, tuple[int, Callable[[jax.Array, Sequence[Norm], Half, Half], jax.Array]]] = {}
@@ -36,56 +39,58 @@ def _residual(name: str, norms: int) -> Callable[[Callable[..., jax.Array]], Cal
 
 @_residual("pre", 2)
 def _pre(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    x = x + attend(n[0](x))
-    return x + mlp(n[1](x))
+    x = attend(x, n[0], x)
+    return mlp(x, n[1], x)
 
 
 @_residual("post", 2)
 def _post(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    x = n[0](x + attend(x))
-    return n[1](x + mlp(x))
+    x = n[0](attend(x, None, x))
+    return n[1](mlp(x, None, x))
 
 
 @_residual("normed", 2)
 def _normed(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
     x = n[0](x)
-    x = n[1](x + attend(x))
-    return x + mlp(x)
+    x = n[1](attend(x, None, x))
+    return mlp(x, None, x)
 
 
 @_residual("parallel", 1)
 def _parallel(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    h = n[0](x)
-    return x + attend(h) + mlp(h)
+    # XLA computes a norm that is written twice once; a kernel computes it with each product.
+    return mlp(x, n[0], attend(x, n[0], x))
 
 
 @_residual("parallel_two_norms", 2)
 def _parallel_two_norms(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    return x + attend(n[0](x)) + mlp(n[1](x))
+    return mlp(x, n[1], attend(x, n[0], x))
 
 
 @_residual("sandwich", 4)
 def _sandwich(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    x = x + n[2](attend(n[0](x)))
-    return x + n[3](mlp(n[1](x)))
+    x = x + n[2](attend(x, n[0], None))
+    return x + n[3](mlp(x, n[1], None))
 
 
 class Layer(nnx.Module):
     """One transformer layer: [B, T, H] to [B, T, H], and its cache with the new tokens written."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None
+    ) -> None:
         """Declare the layer's parts."""
         count, self.join = RESIDUALS[spec.residual]
         self.norms = nnx.List([Norm(spec.norm, spec.hidden, dtype) for _ in range(count)])
-        self.attention = Attention(spec, layer, layout, dtype)
-        self.mlp = Mlp(spec, dtype)
+        self.attention = Attention(spec, layer, layout, dtype, quantize)
+        self.mlp = Mlp(spec, dtype, quantize, layout.tensor)
 
     def __call__(self, x: jax.Array, batch: Batch, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """Run the layer."""
         written: list[LayerCache | None] = []
 
-        def attend(h: jax.Array) -> jax.Array:
-            y, new = self.attention(h, batch, cache)
+        def attend(h: jax.Array, norm: Norm | None, residual: jax.Array | None) -> jax.Array:
+            y, new = self.attention(h, batch, cache, norm, residual)
             written.append(new)
             return y
 
@@ -95,10 +100,10 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only language model."""
 
-    def __init__(self, spec: ModelSpec, layout: Layout, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: ModelSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None) -> None:
         """Declare all parameters; call it through :func:`abstract`, which allocates nothing."""
         self.embed = Embedding(spec, layout, dtype)
-        self.layers = nnx.List([Layer(spec, layer, layout, dtype) for layer in spec.layers])
+        self.layers = nnx.List([Layer(spec, layer, layout, dtype, quantize) for layer in spec.layers])
         self.head = Head(spec, layout, dtype)
 
     def hidden_states(
@@ -124,9 +129,19 @@ class Decoder(nnx.Module):
         return self.logits(x), written
 
 
-def abstract(spec: ModelSpec, layout: Layout, dtype: jnp.dtype) -> Decoder:
-    """Build a decoder whose parameters are shapes only."""
-    return nnx.eval_shape(lambda: Decoder(spec, layout, dtype))
+def abstract(spec: ModelSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None) -> Decoder:
+    """Build a decoder whose parameters are shapes only.
+
+    Args:
+        spec: the architecture.
+        layout: how it is laid out over devices.
+        dtype: of the parameters that are not quantized.
+        quantize: how the weights of attention and MLP are: one of :data:`jaxinfer.quantization.DTYPES`, or None.
+
+    Raises:
+        ConfigError: int4, and no group divides a weight's inputs on one device.
+    """
+    return nnx.eval_shape(lambda: Decoder(spec, layout, dtype, quantize))
 
 
 def parameters(decoder: Decoder) -> dict[str, ParameterInfo]:
@@ -136,5 +151,8 @@ def parameters(decoder: Decoder) -> dict[str, ParameterInfo]:
     for path, variable in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         value = variable.get_value()
         name = ".".join(str(getattr(key, "key", key)) for key in path)
-        found[name] = ParameterInfo(tuple(value.shape), value.dtype, variable.axes)
+        about = variable.get_metadata()
+        found[name] = ParameterInfo(
+            tuple(value.shape), value.dtype, about["axes"], about.get("quantization"), about.get("factors", False)
+        )
     return found

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import pallas_kernels as ops
 from jaxinfer.models import spec as specs
 from jaxinfer.models.parameter import parameter
 
@@ -24,13 +25,14 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise; the result has the dtype of ``x``."""
         with jax.named_scope("norm"):
-            y = x.astype(jnp.float32)
-            if self.norm.kind == "layer":
-                y = y - jnp.mean(y, axis=-1, keepdims=True)
-            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.norm.eps)
-            if self.norm.weight:
-                scale = self.scale[...].astype(jnp.float32)
-                y = y * (1.0 + scale if self.norm.unit_offset else scale)
-            if self.norm.bias:
-                y = y + self.bias[...].astype(jnp.float32)
-            return y.astype(x.dtype)
+            return ops.normalise(x, self.of_input())
+
+    def of_input(self) -> ops.InputNorm:
+        """The norm for an operation that normalises its input itself, as :func:`pallas_kernels.linear` does."""
+        return ops.InputNorm(
+            kind=self.norm.kind,
+            eps=self.norm.eps,
+            scale=self.scale[...] if self.norm.weight else None,
+            bias=self.bias[...] if self.norm.bias else None,
+            unit_offset=self.norm.unit_offset,
+        )

@@ -201,12 +201,15 @@ class Layout:
         kv_groups: key/value heads that are stored: ``kv_heads``, or one for each device where there are more devices
             than heads; then neighbouring groups hold copies of one head.
         vocab_rows: rows of the stored embedding and head, padded with zeros to a multiple of the devices.
+        tensor: the devices.
     """
 
     kv_groups: int
     vocab_rows: int
+    tensor: int = 1
 
     @classmethod
     def of(cls, spec: ModelSpec, tensor: int = 1) -> Layout:
         """The layout of ``spec`` over ``tensor`` devices."""
-        return cls(kv_groups=max(spec.kv_heads, tensor), vocab_rows=-(-spec.vocab_size // tensor) * tensor)
+        rows = -(-spec.vocab_size // tensor) * tensor
+        return cls(kv_groups=max(spec.kv_heads, tensor), vocab_rows=rows, tensor=tensor)

@@ -45,7 +45,7 @@ def measured(plan: Plan, devices: Sequence[jax.Device], pretrained: Pretrained) 
     )
 
 
-def open_pager(pretrained: Pretrained, plan: Plan, mesh: Mesh, *, progress: bool) -> Pager:
+def open_pager(pretrained: Pretrained, plan: Plan, mesh: Mesh, *, progress: bool, seed: int = 0) -> Pager:
     """Put every layer of a plan where it says, and open what reads the rest.
 
     Host memory: what the plan says, and while it is filled one layer more.
@@ -55,6 +55,7 @@ def open_pager(pretrained: Pretrained, plan: Plan, mesh: Mesh, *, progress: bool
         plan: a plan with tiers.
         mesh: the devices.
         progress: show a bar.
+        seed: of dummy weights.
 
     Raises:
         CheckpointError: files cannot be read, or are damaged.
@@ -76,7 +77,7 @@ def open_pager(pretrained: Pretrained, plan: Plan, mesh: Mesh, *, progress: bool
             opened.callback(disk_layers.close)
         host: dict[int, list[np.ndarray]] = {}
         resident: dict[int, list[jax.Array]] = {}
-        filler = _Filler(pretrained, plan)
+        filler = _Filler(pretrained, plan, seed)
         total = sum(size for size, tier in zip(tiers.buffer_bytes, tiers.layers, strict=True) if tier != "disk")
         with bars.bar(progress, total=total, desc="loading layers", unit="B", unit_scale=True) as bar:
             for layer, tier in enumerate(tiers.layers):
@@ -157,7 +158,7 @@ def _disk_layers(pretrained: Pretrained, plan: Plan, packings: list[Packing], ti
         store.close()
         raise ConfigError(
             f"{pretrained.folder}: layers on disk are used as they are, and {len(wrong)} tensors have another dtype: "
-            f"{listed(wrong, 3)}; give dtype={store.manifest.dtype!r}, or convert with --dtype {plan.dtype}"
+            f"{listed(wrong, 3)}; give dtype={pretrained.dtype!r}, or convert with --dtype {plan.dtype}"
         )
     return DiskLayers(store, moves, timeline)
 
@@ -176,8 +177,8 @@ def _can_be_direct(store: Store) -> bool:
 class _Filler:
     """Fills host buffers with layers of any checkpoint, by way of arrays on the CPU."""
 
-    def __init__(self, pretrained: Pretrained, plan: Plan) -> None:
-        self.pretrained, self.plan = pretrained, plan
+    def __init__(self, pretrained: Pretrained, plan: Plan, seed: int) -> None:
+        self.pretrained, self.plan, self.seed = pretrained, plan, seed
         try:
             self.cpu = jax.local_devices(backend="cpu")[0]
         except RuntimeError as error:
@@ -190,7 +191,7 @@ class _Filler:
         sharding = SingleDeviceSharding(self.cpu)
         infos = {leaf.name: self.plan.parameters[f"layers.{layer}.{leaf.name}"] for leaf in packing.leaves}
         targets = {f"layers.{layer}.{name}": _target(info, sharding) for name, info in infos.items()}
-        loaded = self.pretrained.load(self.plan.layout, targets, progress=False)
+        loaded = self.pretrained.load(self.plan.layout, targets, progress=False, seed=self.seed)
         views = [packing.views(part) for part in parts]
         jobs = []
         for leaf in packing.leaves:
@@ -207,7 +208,7 @@ class _Filler:
 
 
 def _target(info: ParameterInfo, sharding: Any) -> Target:
-    return Target(info.shape, info.dtype, sharding)
+    return Target(info.shape, info.dtype, sharding, info.quantization)
 
 
 def _copy(values: np.ndarray, out: np.ndarray) -> None:

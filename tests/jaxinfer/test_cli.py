@@ -141,6 +141,8 @@ def test_seeds_make_sampling_repeatable(run, folder):
         (["generate", "-m", "FOLDER", "--lines"], "--lines: expected at least one line"),
         (["generate", "-m", "FOLDER", "--dtype", "int3", "x"], "dtype: expected one of float32"),
         (["plan", "-m", "FOLDER", "--device", "abacus"], "device 'abacus' is not known; known are H200"),
+        (["plan", "-m", "FOLDER", "--quantize", "int4"], "attention.qkv: int4 has groups of 128 or 64 inputs"),
+        (["generate", "-m", "FOLDER", "--quantize", "q8", "x"], "quantize: expected None or one of int8, int4, fp8"),
         (["plan", "-m", "FOLDER", "--device", "H200", "--measure"], "--measure: only for the devices that are here"),
         (["plan", "-m", "FOLDER", "--device", "H200", "--mesh", "tensor=8"], "4 heads cannot be divided by tensor=8"),
         (["bench", "-m", "FOLDER", "--mesh", "data=1", "--prompt-tokens", "300"], "the context length is 256"),
@@ -184,6 +186,19 @@ def test_plan_as_json_counts_the_bytes_of_the_file(run, folder):
     looked_up = 101 * 48 * 4
     expected = 1e3 * (stored.nbytes - looked_up + cached) / 4.22e12
     assert found["bounds"]["step_ms"]["batch_1"] == pytest.approx(expected)
+
+
+def test_quantized_weights_take_fewer_bytes_in_plans_and_stores(run, folder, tmp_path):
+    plain = json.loads(run("plan", "-m", folder, "--device", "H200", "--json")[1])
+    asked = json.loads(run("plan", "-m", folder, "--device", "H200", "--quantize", "int8", "--json")[1])
+    assert (plain["quantize"], asked["quantize"]) == (None, "int8")
+    assert asked["weight_bytes"] < 0.6 * plain["weight_bytes"]
+    assert asked["parameters"] == plain["parameters"]
+    code, out, _ = run("convert", folder, tmp_path / "store", "--quantize", "int8", "--json")
+    assert code == 0
+    assert json.loads(out)["bytes"] == asked["weight_bytes"]
+    stored = json.loads(run("plan", "-m", tmp_path / "store", "--device", "H200", "--json")[1])
+    assert stored == asked
 
 
 def test_plan_for_more_devices_than_there_are(run, folder):

@@ -144,6 +144,9 @@ def test_wrong_mesh_sizes(text):
 def test_only_what_was_given_is_passed_on():
     assert LoadOptions(model="demo").given() == {}
     assert LoadOptions(model="demo", max_batch=3, kv_blocks=9).given() == {"max_batch": 3, "kv_blocks": 9}
+    assert LoadOptions(model="demo", kv_dtype="int8").given() == {"kv_dtype": "int8"}
+    assert LoadOptions(model="demo", quantize="int4").given() == {"quantize": "int4"}
+    assert LoadOptions(model="demo", load_format="dummy").given() == {"load_format": "dummy"}
 
 
 @pytest.mark.parametrize(("options", "slots"), [({}, 2), ({"max_batch": 3}, 3)])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+import jaxinfer
 from jaxinfer import doctor
 from jaxinfer.doctor import Diagnosis, Finding, diagnose, driver_version
 from jaxinfer.hardware import Hardware
@@ -31,6 +32,16 @@ def test_this_machine_is_well():
     assert find(found.findings, "demo").value == "bundled"
     assert "offline" in find(found.findings, "hub").value
     assert [choice.op for choice in found.implementations][:2] == ["prefill attention", "decode attention"]
+
+
+def test_a_models_own_shapes_decide_what_serves_it(monkeypatch):
+    monkeypatch.setattr(doctor, "plan", lambda model: jaxinfer.plan(model, device="H200", dtype="bfloat16"))
+    said = {choice.op: choice for choice in diagnose("demo", measure=False).implementations}
+    assert said["products of up to 64 rows"].implementation == "mosaic"
+    assert said["decode attention"].implementation == "reduce"
+    assert "the kernel does not run head_dim 32" in said["decode attention"].reason
+    with pytest.raises(jaxinfer.CheckpointError):
+        diagnose("no-such-folder-or-model", measure=False)
 
 
 def test_a_diagnosis_is_json_text_and_html():

@@ -377,6 +377,24 @@ def test_a_checkpoint_without_a_tokenizer_takes_ids(folder, tmp_path, engine):
             bare.chat([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("mesh", [{"tensor": 1}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(("kv_dtype", "allowed"), [("int8", 0.03), ("fp8", 0.2)])
+def test_a_cache_of_8_bits_is_nearly_that_of_the_dtype(root, engine, kv_dtype, allowed, mesh):
+    """Logits by prefill, of a random model, which is touchy; and decode says what prefill over such a cache says."""
+    prompts = [list(range(1, 91)), [5, 7, 9]]
+    exact = engine.logits(prompts)
+    with tiny(root, mesh=mesh, kv_dtype=kv_dtype) as rough:
+        found = rough.logits(prompts)
+        for ours, theirs in zip(found, exact, strict=True):
+            error = np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2))
+            assert 0 < error < allowed
+        for output in rough.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)):
+            said = output.outputs[0].token_ids
+            again = rough.logits(output.prompt_token_ids + said[:-1])[len(output.prompt_token_ids) - 1 :]
+            gaps = again.max(axis=-1) - again[np.arange(len(said)), said]
+            assert gaps.max() < 1e-4
+
+
 def test_a_closed_engine_says_so_and_its_memory_is_free(root):
     engine = tiny(root)
     stream = engine.stream(IDS[0], greedy(50))

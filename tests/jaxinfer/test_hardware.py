@@ -8,10 +8,13 @@ import pytest
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.hardware import KNOWN, named, of
+from pallas_kernels import Device
 
 
-def gpu(kind: str, **stats: int) -> Any:
-    return SimpleNamespace(platform="gpu", device_kind=kind, memory_stats=lambda: stats or None)
+def gpu(kind: str, capability: str | None = None, **stats: int) -> Any:
+    return SimpleNamespace(
+        platform="gpu", device_kind=kind, memory_stats=lambda: stats or None, compute_capability=capability
+    )
 
 
 def test_a_cpus_memory_is_shared_among_the_devices_it_plays():
@@ -49,6 +52,14 @@ def test_an_unknown_gpu_has_no_rates():
     found = of(gpu("Future X1", bytes_limit=99))
     assert (found.kind, found.memory, found.bandwidth, found.matmul) == ("Future X1", 99, None, None)
     assert of(gpu("Future X1")).memory is None
+
+
+def test_what_kernels_a_device_runs_is_what_it_says_or_else_what_is_known_of_it():
+    assert of(jax.devices("cpu")[0]).device == Device("cpu")
+    assert of(gpu("Future X1", "12.0")).device == Device("gpu", "12.0")
+    assert of(gpu("Future X1")).device == Device("gpu")
+    assert of(gpu("NVIDIA H200", "9.0")).device == of(gpu("NVIDIA H200")).device == Device("gpu", "9.0")
+    assert [kind for kind in KNOWN if named(kind).device.hopper] == ["H200", "H100"]
 
 
 def test_devices_are_found_by_name():

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 import jaxinfer
 from jaxinfer.errors import CapacityError, ConfigError
-from jaxinfer.hardware import Hardware
+from jaxinfer.hardware import Hardware, named
 from jaxinfer.models.families import load_spec
-from jaxinfer.plan import USABLE, make_plan, size
+from jaxinfer.plan import USABLE, make_plan
+from jaxinfer.sizes import size
 from sharding import MeshError, ShardingRules
 from tests.cases import case
 from tests.engines import LLAMA, tiny
+from tests.modules import small_spec
 from tests.oracle import checkpoint, shared_root
 
 UNKNOWN = Hardware(kind="box", memory=None, bandwidth=None, matmul=None)
@@ -43,9 +45,9 @@ def spec(folder):
 
 @pytest.mark.parametrize("name", [LLAMA, "gpt2-plain", "llama-multi-query"])
 @pytest.mark.parametrize("mesh", [{"tensor": 1}, {"data": 2, "tensor": 4}], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_bytes_are_the_allocated_ones(root, name, mesh, dtype):
-    with tiny(root, name, mesh=mesh, dtype=dtype) as engine:
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
+def test_planned_bytes_are_the_allocated_ones(root, name, mesh, dtype, kv_dtype):
+    with tiny(root, name, mesh=mesh, dtype=dtype, kv_dtype=kv_dtype) as engine:
         plan = engine.plan
         for arrays, planned in (
             (engine.executor._leaves, plan.weight_bytes_per_device),
@@ -114,6 +116,8 @@ BAD = [
     ({"kv_blocks": 0}, "kv_blocks: expected a positive integer, got 0"),
     ({"max_model_len": 0}, "max_model_len: expected a positive integer, got 0"),
     ({"max_model_len": 257}, "max_model_len: the model's context is 256 tokens, got 257"),
+    ({"quantize": "int3"}, "quantize: expected None or one of int8, int4, fp8, got 'int3'"),
+    ({"quantize": "int4"}, r"attention\.qkv: int4 has groups of 128 or 64 inputs"),
     ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
 ]
 
@@ -156,6 +160,33 @@ def test_bounds_are_bytes_and_operations_at_the_devices_rates(spec):
     assert plan.prefill_flops(1, 70) == products + attention
     assert plan.prefill_milliseconds(1, 70) == pytest.approx(1e3 * (products + attention) / 3e9)
     assert plan.prefill_milliseconds(1, 1) == pytest.approx(1e3 * weights / 2e9)  # a read of the weights bounds it
+
+
+def test_a_cache_of_8_bits_holds_more_tokens(spec):
+    kinds = {
+        kind: make_plan(spec, {}, "bfloat16", UNKNOWN, kv_blocks=7, kv_dtype=kind) for kind in ("auto", "int8", "fp8")
+    }
+    # Two layers, keys and values of two heads: 12 entries of each token, and a float32 factor.
+    rows = 2 * 2 * 2 * 64
+    assert {kind: plan.block_bytes_per_device for kind, plan in kinds.items()} == {
+        "auto": rows * 24, "int8": rows * 16, "fp8": rows * 16,
+    }  # fmt: skip
+    assert [plan.to_dict()["kv_dtype"] for plan in kinds.values()] == ["bfloat16", "int8", "float8_e4m3fn"]
+    assert "tokens a shard, float8_e4m3fn" in str(kinds["fp8"])
+    with pytest.raises(ConfigError, match="kv_dtype: expected one of auto, int8, fp8, got 'int2'"):
+        make_plan(spec, {}, "bfloat16", UNKNOWN, kv_dtype="int2")
+
+
+def test_a_plan_says_what_serves_the_model_there(spec):
+    def served(kind, dtype, **options):
+        plan = make_plan(spec, {}, dtype, named(kind), **options)
+        assert all(str(choice) in str(plan) for choice in plan.implementations)
+        said = plan.to_dict()["implementations"]
+        return {choice["op"]: choice["implementation"] for choice in said}["products of up to 64 rows"]
+
+    spec = spec.replace(hidden=64, head_dim=16, intermediate=128)
+    assert served("H200", "bfloat16") == "mosaic"
+    assert served("H200", "float32") == served("L40S", "bfloat16") == "dot"
 
 
 def test_a_plan_shows_itself(spec):
@@ -201,3 +232,24 @@ def test_a_model_is_planned_without_loading_it(folder, monkeypatch):
         jaxinfer.plan(folder, device="H9000")
     with pytest.raises(MeshError):
         jaxinfer.plan(folder, mesh={"tensor": 3}, device="H200")
+
+
+@pytest.mark.parametrize(("method", "bits"), [("int8", 8), ("fp8", 8), ("int4", 4)])
+def test_quantized_weights_are_counted_as_they_lie(method, bits):
+    spec = small_spec(hidden=256, intermediate=512, heads=4, kv_heads=4, head_dim=64, gated_mlp=True)
+    plain = make_plan(spec, {"tensor": 2}, "bfloat16", UNKNOWN)
+    plan = make_plan(spec, {"tensor": 2}, "bfloat16", UNKNOWN, quantize=method)
+    weights = 2 * (6 * 256 * 256 - 2 * 256 * 256 + 3 * 256 * 512)  # qkv, out, gate, up and down of two layers
+    factors = 2 * (3 * 256 + 256 + 2 * 512 + 256)
+    if method == "int4":
+        factors = weights // 128 + 2 * 256 * 256 // 128  # those of `out` have groups of 64
+    assert plain.weight_bytes - plan.weight_bytes == weights * (16 - bits) // 8 - 4 * factors
+    assert plan.parameter_count == plain.parameter_count
+    assert plan.prefill_flops(1, 64) == plain.prefill_flops(1, 64)
+    assert plan.to_dict()["quantize"] == method
+    groups = " in groups of 128 and 64" if method == "int4" else ""
+    assert f"bfloat16, weights {method}{groups}" in str(plan)
+    # Factors of channels whose inputs are divided lie whole on each device.
+    whole = 0 if method == "int4" else 2 * (256 + 256) * 4
+    norms = sum(info.nbytes for path, info in plan.parameters.items() if "norm" in path or path == "embed.positions")
+    assert plan.weight_bytes_per_device == (plan.weight_bytes + whole + norms) // 2

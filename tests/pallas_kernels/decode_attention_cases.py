@@ -26,15 +26,26 @@ SHAPES: dict[str, tuple[int, int, int, int, int, tuple[int, int] | None, dict[st
     "multi-query, 71 heads of 64": (2, 1, 71, 64, 16, None, {}, jnp.bfloat16),
     "heads of 80": (2, 32, 1, 80, 16, None, {}, jnp.bfloat16),
     "heads of 96": (2, 32, 1, 96, 16, None, {"window": 2047}, jnp.bfloat16),
+    "int8, llama-7b batch 16": (16, 32, 1, 128, 9, None, {"kv": jnp.int8}, jnp.bfloat16),
+    "int8, grouped, capped window and sinks": (
+        4, 8, 8, 128, 64, (4, 3), {"window": 1024, "softcap": 50.0, "sinks": True, "kv": jnp.int8}, jnp.bfloat16,
+    ),
+    "fp8, grouped, 4096 tokens": (32, 8, 4, 128, 64, None, {"kv": jnp.float8_e4m3fn}, jnp.bfloat16),
+    "fp8, float16": (4, 8, 4, 64, 64, None, {"kv": jnp.float8_e4m3fn}, jnp.float16),
+    "int8, 64 heads of 64": (2, 1, 64, 64, 16, None, {"kv": jnp.int8}, jnp.bfloat16),
+    "fp8, 48 heads of 128": (2, 1, 48, 128, 16, None, {"kv": jnp.float8_e4m3fn}, jnp.bfloat16),
+    "int8, heads of 256": (2, 8, 32, 256, 16, None, {"kv": jnp.int8}, jnp.bfloat16),
     "heads of 256": (2, 8, 2, 256, 16, None, {"softcap": 50.0, "window": 4096}, jnp.bfloat16),
 }  # fmt: skip
 
 
 def _case(name: str) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStruct]]:
     batch, groups, heads, dim, width, chosen, options, dtype = SHAPES[name]
+    options = dict(options)
+    kv = options.pop("kv", dtype)
     _, ours = arguments(options, groups, heads)
     config = None if chosen is None else DecodeConfig(splits=chosen[0], stages=chosen[1])
-    blocks = jax.ShapeDtypeStruct((batch * width + 1, groups, BLOCK_SIZE, dim), dtype)
+    blocks = jax.ShapeDtypeStruct((batch * width + 1, groups, BLOCK_SIZE, dim), kv)
     given = [
         jax.ShapeDtypeStruct((batch, groups, heads, dim), dtype),
         blocks,
@@ -42,7 +53,15 @@ def _case(name: str) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStruc
         jax.ShapeDtypeStruct((batch, width), jnp.int32),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
     ]
-    return partial(decode_attention, implementation="mosaic", config=config, **ours), given
+    run = partial(decode_attention, implementation="mosaic", config=config, **ours)
+    if kv == dtype:
+        return run, given
+    factors = jax.ShapeDtypeStruct(blocks.shape[:3], jnp.float32)
+
+    def narrow(*arrays: jax.Array) -> jax.Array:
+        return run(*arrays[:-2], key_scales=arrays[-2], value_scales=arrays[-1])
+
+    return narrow, [*given, factors, factors]
 
 
 CASES: dict[str, Callable[[], Any]] = {name: partial(_case, name) for name in SHAPES}

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import BLOCK_SIZE, Bias, attention, paged_attention, read_blocks, write_blocks
-from pallas_kernels.attention import MASKED, query_tile
+from pallas_kernels import BLOCK_SIZE, Bias, attention, paged_attention, read_blocks, write_blocks, write_cache
+from pallas_kernels.attention import MASKED, quantize_rows, query_tile
 
 IMPLEMENTATIONS = ("dot", "reduce")
 
@@ -261,3 +261,77 @@ def test_tiles_divide_the_queries_and_are_no_smaller_than_they_must(rows, log, k
     assert (1 << log) % tile == 0
     assert tile == 1 or 4 * rows * tile * keys <= 512 << 20
     assert tile == 1 << log or 4 * rows * 2 * tile * keys > 512 << 20
+
+
+EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=lambda dtype: dtype.__name__)
+@given(size=st.integers(-40, 38), seed=st.integers(0, 1000))
+def test_a_row_of_8_bits_is_nearly_the_row(dtype, size, seed):
+    """By the definition: half a step of int8; of e4m3, three bits of mantissa, or half its least subnormal."""
+    rows = np.random.default_rng(seed).standard_normal((3, 5, 8)).astype(np.float32) * np.float32(10.0) ** (size - 1)
+    rows[0, 0] = 0.0
+    values, factors = (np.asarray(array) for array in quantize_rows(rows, dtype))
+    assert (values.dtype, factors.dtype, factors.shape) == (dtype, np.float32, (3, 5))
+    assert np.isfinite(factors).all()
+    wide, factor = values.astype(np.float64), factors[..., None].astype(np.float64)
+    step = 0.5 * factor if dtype == jnp.int8 else np.maximum(np.abs(rows) / 16, factor * 2.0**-10)
+    # What is left of a number that float32 has only as a subnormal, XLA may flush.
+    assert (np.abs(wide * factor - rows) <= step * (1 + 1e-5) + 2 * np.finfo(np.float32).tiny).all()
+    assert (wide[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_stays_so(dtype, bad):
+    rows = noise(2, 8)
+    rows[1, 3] = bad
+    _, factors = quantize_rows(rows, dtype)
+    np.testing.assert_array_equal(np.isfinite(factors), [True, False])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=lambda dtype: dtype.__name__)
+def test_attention_over_8_bits_is_that_over_what_they_stand_for(dtype, number, implementation):
+    """Written in two steps into blocks whose factors are NaN where nothing was written."""
+    options: dict[str, Any] = dict(OPTIONS[number])
+    lengths, groups, dim = np.asarray([100, 64, 1], np.int32), 2, 8
+    slopes = noise(groups, 2) / 16 if options.pop("slopes", False) else None
+    scaled = options.get("bias_scaled", False)
+    ours = {name: value for name, value in options.items() if name != "bias_scaled"}
+    keys, values = 3 * noise(3, 100, groups, dim), 5 * noise(3, 100, groups, dim, seed=1)
+    tables = np.asarray([[5, 2], [3, 0], [6, 0]], np.int32)
+    blocks = jnp.zeros((9, groups, BLOCK_SIZE, dim), dtype)
+    cache: Any = (blocks, blocks, *[jnp.full((9, groups, BLOCK_SIZE), jnp.nan)] * 2)
+    for start, stop in ((0, 60), (60, 100)):
+        part = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (3, stop - start))
+        positions = np.where(part < lengths[:, None], part, -1)
+        cache = write_cache(cache, keys[:, start:stop], values[:, start:stop], tables, positions)
+    assert [(array.shape, array.dtype) for array in cache] == [
+        *[((9, groups, BLOCK_SIZE, dim), dtype)] * 2, *[((9, groups, BLOCK_SIZE), jnp.float32)] * 2
+    ]  # fmt: skip
+    query, positions = noise(3, 1, groups, 2, dim, seed=3), lengths[:, None] - 1
+    bias = None if slopes is None else Bias(slopes=jnp.asarray(slopes), scaled=scaled)
+    found = paged_attention(
+        query, *cache[:2], tables, positions, scale=0.3, bias=bias, implementation=implementation,
+        key_scales=cache[2], value_scales=cache[3], **ours,
+    )  # fmt: skip
+    held = [np.moveaxis(_undone(*quantize_rows(rows, dtype)), 1, 2) for rows in (keys, values)]
+    assert_close(found, naive(query, *held, positions, 0.3, slopes=slopes, **options), positions)
+
+
+def _undone(values: jax.Array, factors: jax.Array) -> np.ndarray:
+    return np.asarray(values, np.float32) * np.asarray(factors)[..., None]
+
+
+def test_a_donated_write_of_8_bits_copies_no_cache():
+    shape = (64, 2, BLOCK_SIZE, 16)
+    cache = [jax.ShapeDtypeStruct(shape, jnp.int8)] * 2 + [jax.ShapeDtypeStruct(shape[:3], jnp.float32)] * 2
+    new = jax.ShapeDtypeStruct((4, 1, 2, 16), jnp.float32)
+    places = jax.ShapeDtypeStruct((4, 3), jnp.int32), jax.ShapeDtypeStruct((4, 1), jnp.int32)
+    memory = jax.jit(write_cache, donate_argnums=0).lower(tuple(cache), new, new, *places).compile().memory_analysis()
+    size = 2 * int(np.prod(shape)) + 2 * 4 * int(np.prod(shape[:3]))
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < size // 8

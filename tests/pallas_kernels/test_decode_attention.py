@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import BLOCK_SIZE
+from pallas_kernels import BLOCK_SIZE, Device, compiling_for
 from pallas_kernels.decode_attention import DecodeConfig, decode_attention, decode_config
-from tests.decode_oracle import arguments, naive, noise, poisoned
+from tests.decode_oracle import arguments, naive, narrowed, noise, poisoned
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -32,6 +33,29 @@ def test_the_reference_is_the_naive_one(options):
     np.testing.assert_allclose(
         np.asarray(found), naive(query, keys, values, tables, lengths, **theirs), rtol=2e-5, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_reference_over_8_bits_is_the_naive_one_over_what_they_stand_for(dtype, options):
+    batch, groups, heads, dim, width = 4, 2, 3, 8, 4
+    lengths = np.asarray([0, 1, 100, 256], np.int32)
+    order = np.random.default_rng(0).permutation(batch * width) + 1
+    keys, values, tables = poisoned(batch, groups, dim, order.reshape(batch, width).astype(np.int32), lengths)
+    theirs, ours = arguments(options, groups, heads)
+    query = noise(batch, groups, heads, dim)
+    (*blocks, key_scales, value_scales), exact = narrowed(keys, values, dtype)
+    found = decode_attention(
+        query, *blocks, tables, lengths, implementation="reference", key_scales=key_scales, value_scales=value_scales,
+        **ours,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(found), naive(query, *exact, tables, lengths, **theirs), rtol=2e-5, atol=2e-5)
+
+
+def test_the_reference_asked_for_by_name_is_not_the_kernel():
+    with compiling_for(Device("gpu", "9.0")):
+        text = str(jax.make_jaxpr(lambda *a: decode_attention(*a, scale=1.0, implementation="reference"))(*shapes()))
+    assert "decode_attention_kernel" not in text
 
 
 def shapes(**changes: Any) -> list[Any]:
@@ -78,8 +102,19 @@ def test_what_the_kernel_does_not_run_is_refused_by_name(dim, heads, dtype, prob
 
 def test_mixed_dtypes_are_refused():
     given = shapes(query=((2, 2, 4, 64), jnp.float16))
-    with pytest.raises(ValueError, match="does not run mixed dtypes bfloat16, float16"):
+    with pytest.raises(ValueError, match="does not run queries of float16 with keys and values of bfloat16"):
         decode_attention(*given, scale=1.0, implementation="mosaic")
+
+
+def test_factors_come_with_8_bits_and_only_with_them():
+    narrow = {name: ((9, 2, 64, 64), jnp.int8) for name in ("keys", "values")}
+    with pytest.raises(ValueError, match="key_scales come with blocks of 8 bits, got key_blocks of int8 without"):
+        decode_attention(*shapes(**narrow), scale=1.0)
+    ones = jnp.ones((9, 2, 64))
+    with pytest.raises(ValueError, match="got key_blocks of bfloat16 with"):
+        decode_attention(*shapes(), scale=1.0, key_scales=ones, value_scales=ones)
+    with pytest.raises(ValueError, match=r"value_scales must be float32 \[9, 2, 64\], got float32 \(9, 2\)"):
+        decode_attention(*shapes(**narrow), scale=1.0, key_scales=ones, value_scales=ones[..., 0])
 
 
 def test_other_bad_arguments_are_refused():
@@ -96,12 +131,31 @@ def test_other_bad_arguments_are_refused():
         decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=fused)
 
 
+@pytest.mark.parametrize(
+    ("batch", "groups", "width", "splits"),
+    [
+        (1, 32, 8, 1),  # 512 tokens
+        (16, 8, 8, 1),
+        (32, 8, 64, 1),  # 4096 tokens
+        (1, 8, 64, 4),  # few programs and a long context
+        (1, 8, 512, 32),
+        (32, 8, 512, 8),  # one of 32 could be long alone
+    ],
+)
+def test_a_sequence_is_split_where_there_are_few_programs_and_a_long_context(batch, groups, width, splits):
+    chosen = decode_config(batch=batch, groups=groups, heads_per_key=4, width=width, head_dim=128)
+    assert chosen == DecodeConfig(splits=splits, stages=3)
+
+
+@pytest.mark.parametrize("kv_bytes", [1, 2])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("width", [1, 8, 64, 2048])
 @pytest.mark.parametrize(("dim", "heads"), [(64, 1), (64, 80), (128, 4), (128, 64), (256, 1), (256, 32)])
-def test_a_chosen_configuration_fits_the_machine(batch, width, dim, heads):
-    chosen = decode_config(batch=batch, groups=8, heads_per_key=heads, width=width, head_dim=dim)
+def test_a_chosen_configuration_fits_the_machine(batch, width, dim, heads, kv_bytes):
+    chosen = decode_config(batch=batch, groups=8, heads_per_key=heads, width=width, head_dim=dim, kv_bytes=kv_bytes)
     assert 1 <= chosen.splits <= width
-    shared = chosen.stages * 4 * BLOCK_SIZE * dim + -(-heads // 8) * 8 * (dim * 6 + 128)
+    shared = chosen.stages * 2 * kv_bytes * BLOCK_SIZE * dim + -(-heads // 8) * 8 * (dim * 6 + 128)
+    if kv_bytes == 1:
+        shared += chosen.stages * 8 * BLOCK_SIZE + 4 * BLOCK_SIZE * dim
     assert chosen.stages >= 1
     assert shared <= 220 * 1024

@@ -15,7 +15,7 @@ from pallas_kernels import BLOCK_SIZE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_kernel import DecodeConfig
 from tests import aot
-from tests.decode_oracle import arguments, naive, noise, poisoned
+from tests.decode_oracle import arguments, naive, narrowed, noise, poisoned
 from tests.pallas_kernels import decode_attention_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,10 @@ INTERPRETED: list[tuple[int, int, int, int, int, int, int, dict[str, Any], Any]]
     (1, 1, 2, 80, 3, 1, 2, {"slopes": True, "sinks": True}, jnp.bfloat16),
     (1, 1, 2, 96, 3, 2, 2, {"window": 1}, jnp.float16),
     (1, 1, 8, 96, 3, 1, 1, {}, jnp.bfloat16),
+    (2, 2, 4, 64, 4, 1, 2, {"kv": jnp.int8}, jnp.bfloat16),
+    (2, 1, 2, 128, 5, 3, 1, {"window": 70, "sinks": True, "kv": jnp.float8_e4m3fn}, jnp.bfloat16),
+    (1, 1, 9, 64, 3, 2, 3, {"softcap": 2.0, "kv": jnp.float8_e4m3fn}, jnp.float16),
+    (1, 1, 2, 256, 3, 1, 1, {"slopes": True, "kv": jnp.int8}, jnp.bfloat16),
     (1, 1, 3, 256, 3, 3, 2, {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
 ]
 
@@ -66,12 +70,14 @@ def interpret() -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     for batch, groups, heads, dim, width, splits, stages, options, dtype in INTERPRETED:
-        theirs, ours = arguments(options, groups, heads)
+        kv = options.get("kv", dtype)
+        theirs, ours = arguments({name: value for name, value in options.items() if name != "kv"}, groups, heads)
         config = DecodeConfig(splits=splits, stages=stages)
         query = jnp.asarray(noise(batch, groups, heads, dim), dtype)
 
         def run(*given: Any, config: Any = config, ours: Any = ours) -> jax.Array:
-            return decode_attention(*given, implementation="mosaic", config=config, **ours)
+            *given, factors = given
+            return decode_attention(*given, implementation="mosaic", config=config, **ours, **factors)
 
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             jitted = jax.jit(run)
@@ -87,16 +93,22 @@ def interpret() -> None:
                 stops = np.asarray(lengths, np.int32)
                 table = np.asarray(order, np.int32).reshape(case["shape"])
                 keys, values, table = poisoned(case["shape"][0], case["groups"], case["dim"], table, stops)
-                keys, values = (jnp.asarray(array, case["dtype"]) for array in (keys, values))
-                found = np.asarray(case["run"](case["query"], keys, values, table, stops), np.float64)
-                exact = [np.asarray(array, np.float32) for array in (case["query"], keys, values)]
+                factors: dict[str, Any] = {}
+                if case["kv"] == case["dtype"]:
+                    keys, values = (jnp.asarray(array, case["dtype"]) for array in (keys, values))
+                    exact = [keys, values]
+                else:
+                    (keys, values, *scales), exact = narrowed(keys, values, case["kv"])
+                    factors = dict(zip(("key_scales", "value_scales"), scales, strict=True))
+                found = np.asarray(case["run"](case["query"], keys, values, table, stops, factors), np.float64)
+                exact = [np.asarray(array, np.float32) for array in (case["query"], *exact)]
                 expected = naive(*exact, table, stops, **case["theirs"])
                 # Weights and results are rounded once each, to 8 bits (bfloat16) or 11.
                 tolerance = 2.0**-6 if case["dtype"] == jnp.bfloat16 else 2.0**-9
                 np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
             check(
-                shape=(batch, width), groups=groups, dim=dim, dtype=dtype, run=jitted, query=query, theirs=theirs
+                shape=(batch, width), groups=groups, dim=dim, dtype=dtype, run=jitted, query=query, theirs=theirs, kv=kv
             )  # fmt: skip
         print(f"{batch=} {groups=} {heads=} {dim=} {width=} {splits=} {stages=} {options}: right", flush=True)
 

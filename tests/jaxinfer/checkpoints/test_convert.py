@@ -18,12 +18,16 @@ import numpy as np
 import pytest
 
 import jaxinfer
-from jaxinfer.checkpoints.convert import convert
-from jaxinfer.checkpoints.manifest import PARTIAL, Manifest
+from jaxinfer.checkpoints.convert import _Conversion, convert
+from jaxinfer.checkpoints.manifest import PARTIAL, Manifest, Quantized
 from jaxinfer.checkpoints.store import Store, verify
 from jaxinfer.errors import CheckpointError, ConfigError
+from jaxinfer.models.spec import Layout
 from jaxinfer.pretrained import Pretrained
-from tests.stores import converted, source
+from jaxinfer.quantization import wire_dtype
+from tests.oracle import checkpoint, shared_root
+from tests.stores import converted, data_file, edit, source
+from tests.wide import METHODS, wide
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -185,3 +189,41 @@ def test_a_dtype_is_rounded_to_nearest(folder, tmp_path, dtype):
         store.read(tensor, 0, next(iter(tensor.boxes())), got)
         (name,) = (name for name in original.checkpoint.tensors if "embed_tokens" in name)
         np.testing.assert_array_equal(got, original.checkpoint.tensor(name).astype(getattr(ml_dtypes, dtype, dtype)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantized_store_says_how_and_is_verified(method, tmp_path_factory, tmp_path):
+    folder = checkpoint(wide("llama"), shared_root(tmp_path_factory))
+    out = convert(folder, tmp_path / "store", quantize=method, progress=False)
+    groups = {"attention.out": 128, "attention.qkv": 128, "mlp.down": 128, "mlp.up": 128} if method == "int4" else {}
+    with Store(out) as store:
+        assert store.manifest.quantized == Quantized(method, groups)
+        up, scale = store.tensors["layers.1.mlp.up"], store.tensors["layers.1.mlp.up_scale"]
+        width = 128 if method == "int4" else 256  # two to a byte
+        assert (up.shape, up.dtype) == ((2, 768, width), wire_dtype(method))
+        assert (scale.shape, scale.dtype) == ((2, 2, 768) if method == "int4" else (2, 768), np.float32)
+        assert store.tensors["embed.tokens"].dtype == np.float32
+    assert not verify(out, progress=False).faults
+    file = data_file(out, "layers.1")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "damaged: expected crc32c" in verify(out, progress=False).faults[0]
+
+
+def test_an_unfinished_store_quantized_otherwise_is_not_gone_on_with(tmp_path_factory, tmp_path, monkeypatch):
+    folder = checkpoint(wide("llama"), shared_root(tmp_path_factory))
+    with monkeypatch.context() as patch:
+        patch.setattr(_Conversion, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, tmp_path / "store", quantize="int8", progress=False)
+    with Store(convert(folder, tmp_path / "store", quantize="int4", progress=False)) as store:
+        assert store.tensors["layers.0.mlp.up"].dtype == np.uint8
+
+
+def test_weights_that_are_called_quantized_must_be(tmp_path_factory, tmp_path):
+    folder = checkpoint(wide("llama"), shared_root(tmp_path_factory))
+    out = convert(folder, tmp_path / "store", quantize="int8", progress=False)
+    edit(out, lambda d: d["tensors"]["layers.0.mlp.up"].update(dtype="uint8"))
+    with Pretrained(out) as pretrained, pytest.raises(CheckpointError, match=r"mlp\.up \(expected int8, got uint8\)"):
+        pretrained.check(Layout.of(pretrained.spec))

@@ -148,6 +148,23 @@ def test_a_half_cached_model_is_completed(tmp_path: Path, monkeypatch: pytest.Mo
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in wanted)
 
 
+def test_without_weights_none_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    real = huggingface_hub.snapshot_download
+
+    def download(name: str, **options: Any) -> str:
+        asked.append(options)
+        return real(name, cache_dir=tmp_path, **options) if "local_files_only" in options else str(tmp_path)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("org/name", weights=False) == tmp_path
+    assert "*.safetensors" in asked[-1]["ignore_patterns"]
+    snapshot = cached(tmp_path, weights=False)
+    assert resolve("org/name", weights=False) == snapshot
+    assert asked[-1] == {"local_files_only": True}
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -344,7 +344,7 @@ def test_scalars_and_empty_parameters(tmp_path: Path):
 def test_chunks_tile_the_shape_in_order(shape: tuple[int, ...], itemsize: int, chunk: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_BYTES", chunk)
-        boxes = list(module._boxes(shape, itemsize))
+        boxes = list(module.cut(shape, itemsize))
     whole = np.arange(int(np.prod(shape))).reshape(shape)
     parts = [whole[box] for box in boxes]
     assert all(part.nbytes // 8 * itemsize <= chunk for part in parts)
@@ -352,7 +352,7 @@ def test_chunks_tile_the_shape_in_order(shape: tuple[int, ...], itemsize: int, c
 
 
 def test_large_matrices_go_in_equal_chunks():
-    assert len({module.shape_of(box) for box in module._boxes((11008, 4096), 2)}) == 1
+    assert len({module.shape_of(box) for box in module.cut((11008, 4096), 2)}) == 1
 
 
 @pytest.mark.parametrize(

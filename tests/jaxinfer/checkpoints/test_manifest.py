@@ -15,6 +15,7 @@ from jaxinfer.checkpoints.manifest import (
     MANIFEST,
     PARTIAL,
     Manifest,
+    Quantized,
     StoredFile,
     StoredTensor,
     chunks,
@@ -169,3 +170,26 @@ def test_json_is_replaced_as_a_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"a": object()})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("int8", "method: expected one of int8, int4, fp8, got"),
+        (None, "method: expected one of int8, int4, fp8, got"),
+        ({"method": "int3"}, "method: expected one of int8, int4, fp8, got"),
+        ({"method": "int8", "groups": {}}, "quantization: expected {'method': 'int8'}, got"),
+        ({"method": "int4", "groups": {"mlp.up": -1}}, "groups: expected weight -> inputs, got"),
+        ({"method": "int4", "groups": {"mlp.up": 64}, "packing": "backwards"}, "quantization: expected .* low half"),
+    ],
+)
+def test_a_quantization_that_is_not_ours_is_refused(store, entry, message):
+    edit(store, lambda d: d.update(quantization=entry))
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.read(store)
+
+
+@pytest.mark.parametrize("quantized", [Quantized("fp8", {}), Quantized("int4", {"mlp.up": 128, "mlp.down": 64})])
+def test_a_quantization_is_read_back(store, quantized):
+    edit(store, lambda d: d.update(quantization=quantized.to_json()))
+    assert Manifest.read(store).quantized == quantized

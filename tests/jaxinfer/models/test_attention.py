@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.models import norm as norms
 from jaxinfer.models.attention import Attention, Batch
 from jaxinfer.models.positions import alibi_slopes, rotary
 from jaxinfer.models.spec import Alibi, LayerSpec, Layout, Norm
@@ -123,3 +124,18 @@ def test_without_a_cache_none_comes_back():
     seen = []
     built(lambda module: seen.append(module(X, BATCH, None)[1]))
     assert seen == [None]
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "out_bias": True}], ids=["plain", "biased"])
+def test_norm_and_residual_are_those_around_it(changes, tensor):
+    _, built = build(changes)
+    size = Norm(kind="layer", eps=1e-3, weight=False)
+
+    def inside(module):
+        return module(X, BATCH, None, norms.Norm(size, 16, jnp.float32), 3 * X)[0]
+
+    centred = X - jnp.mean(X, axis=-1, keepdims=True)
+    normed = centred / jnp.sqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-3)
+    wanted = built(lambda module: module(normed, BATCH, None)[0]) + 3 * X
+    np.testing.assert_allclose(built(inside) if tensor == 1 else built.split(inside, tensor), wanted, atol=2e-5)

@@ -173,6 +173,37 @@ def test_devices_hold_two_layers_and_no_more(offload, root, store_of, monkeypatc
     assert after <= before + 1000
 
 
+@pytest.mark.parametrize("method", ["int8", "int4", "fp8"])
+def test_quantized_layers_travel_as_they_are(method, tmp_path):
+    asked, options = [[5, 17, 4], list(range(3, 60))], {"dtype": "float32", "max_model_len": 128}
+    store = convert("demo", tmp_path / "store", "float32", quantize=method, progress=False)
+    with of(store, **options) as resident:
+        expected, logits = said(resident, asked), resident.logits(asked)
+    for place, more in ((store, {"offload": "disk"}), ("demo", {"offload": "host", "quantize": method})):
+        with of(place, **options, **more) as paged:
+            assert said(paged, asked) == expected
+            for got, one in zip(paged.logits(asked), logits, strict=True):
+                np.testing.assert_allclose(got, one, atol=1e-3, rtol=1e-3)
+            whole = sum(np.dtype(np.float32).itemsize * np.prod(info.shape) for path, info in plain(paged))
+            assert sum(paged.plan.tiers.layer_bytes) < whole * (0.25 if method == "int4" else 0.35)
+
+
+def plain(engine):
+    """A model's layers as they were before they were quantized."""
+    return [
+        (path, info) for path, info in engine.plan.parameters.items() if path.startswith("layers.") and not info.factors
+    ]
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_caches_of_8_bits_are_those_of_the_resident_engine(kv_dtype, root):
+    asked = prompts(case("llama-plain"), (5, 70))
+    with tiny(root, kv_dtype=kv_dtype) as resident, tiny(root, kv_dtype=kv_dtype, offload="host") as paged:
+        assert said(paged, asked) == said(resident, asked)
+        for got, one in zip(paged.logits(asked), resident.logits(asked), strict=True):
+            np.testing.assert_allclose(got, one, atol=1e-3, rtol=1e-3)
+
+
 def test_some_layers_stay_and_the_others_are_paged(root, store_of, monkeypatch):
     monkeypatch.setattr(tiers, "RING_SLOTS", 1)
     name = "gemma2-plain"

@@ -1,0 +1,178 @@
+"""An executor that computes nothing: it knows which programs a run needs, and what the host alone costs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer.executor import Drawn, PromptReport, _shapes
+
+THREADS = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was handed out.
+
+    Attributes:
+        kind: ``prefill`` or ``decode``.
+        padded: tokens that are computed, those of padding and of idle slots included.
+        real: tokens of sequences.
+        context: cached tokens that the real ones of a decode step read, summed over steps and sequences.
+        width: blocks of a table row.
+        rows: rows of the step, those of padding and idle slots included.
+        active: rows that hold a sequence.
+        key: what one compiled program serves.
+        arguments: of the executor's method.
+    """
+
+    kind: str
+    padded: int
+    real: int
+    context: int
+    width: int
+    rows: int
+    active: int
+    key: Any
+    arguments: tuple[Any, ...]
+
+
+@dataclass
+class Recorder:
+    """Stands where the executor stands, and gives token 0 for every token.
+
+    Attributes:
+        plan: the plan.
+        steps: what was handed out.
+    """
+
+    plan: Any
+    steps: list[Step] = field(default_factory=list)
+    trace: Any = None
+
+    @property
+    def batch(self) -> int:
+        """Slots of all data shards."""
+        return int(self.plan.slots * self.plan.shards)
+
+    def prefill(self, inputs: Any, features: Any, wish: Any) -> tuple[Drawn, PromptReport]:
+        """Note a prefill step."""
+        rows, tokens = inputs.tokens.shape
+        real = int((inputs.positions >= 0).sum())
+        key = ("prefill", _shapes(inputs), features, wish)
+        width = inputs.tables.shape[1]
+        self.steps.append(
+            Step(
+                "prefill",
+                rows * tokens,
+                real,
+                0,
+                width,
+                rows,
+                int((inputs.positions[:, 0] >= 0).sum()),
+                key,
+                (inputs, features, wish),
+            )
+        )
+        return Drawn(np.zeros(rows, np.int32)), PromptReport()
+
+    def decode(self, inputs: Any, features: Any) -> Drawn:
+        """Note a decode step of several tokens."""
+        chunk = self.plan.decode_chunk
+        steps, positions = inputs.steps.astype(np.int64), inputs.positions.astype(np.int64)
+        context = int((steps * (positions + 1) + steps * (steps - 1) // 2).sum())
+        key = ("decode", _shapes(inputs), features)
+        width = inputs.tables.shape[1]
+        self.steps.append(
+            Step(
+                "decode",
+                chunk * self.batch,
+                int(steps.sum()),
+                context,
+                width,
+                self.batch,
+                int((steps > 0).sum()),
+                key,
+                (inputs, features),
+            )
+        )
+        return Drawn(np.zeros((chunk, self.batch), np.int32))
+
+    def programs(self) -> list[Step]:
+        """One step for each program that the run needs."""
+        return list({step.key: step for step in self.steps}.values())
+
+
+class _CompiledError(Exception):
+    """Raised in place of running a step that has been compiled."""
+
+
+def rehearse(engine: Any, prompts: Sequence[list[int]], params: Any) -> tuple[Recorder, float]:
+    """Run requests without a device; return what was handed out, and the seconds that the host took.
+
+    What is handed out depends on lengths alone where nothing ends a sequence early, so it is what a run will hand out.
+    """
+    from jaxinfer.generation.runner import Counters
+
+    runner = engine._open()
+    executor, recorder = runner.executor, Recorder(engine.plan)
+    runner.executor = recorder
+    start = time.perf_counter()
+    try:
+        outputs = engine.generate(prompts, params, progress=False)
+    finally:
+        runner.executor, runner.counters = executor, Counters()
+    seconds = time.perf_counter() - start
+    failed = [output.error for output in outputs if output.error is not None]
+    if failed:
+        raise ValueError(f"requests cannot be served: {failed[0]}")
+    return recorder, seconds
+
+
+def compile_all(engine: Any, steps: Sequence[Step], threads: int = THREADS) -> float:
+    """Compile the programs of steps without running them, XLA's part at the same time; return the seconds."""
+    executor = engine.executor
+    step_of: Callable[..., Any] = executor._step
+    finish = jax.stages.Lowered.compile
+    # Tracing and lowering hold Python's lock anyway, and one at a time they are as they are in any other run.
+    tracing = threading.Lock()
+
+    def compile_unlocked(lowered: Any, *arguments: Any, **options: Any) -> Any:
+        tracing.release()
+        try:
+            return finish(lowered, *arguments, **options)
+        finally:
+            tracing.acquire()
+
+    def only(*arguments: Any) -> None:
+        step_of(*arguments)
+        raise _CompiledError
+
+    def one(step: Step) -> None:
+        with tracing, contextlib.suppress(_CompiledError):
+            getattr(executor, step.kind)(*step.arguments)
+
+    start = time.perf_counter()
+    executor._step, jax.stages.Lowered.compile = only, compile_unlocked
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, steps))
+    finally:
+        del executor._step
+        jax.stages.Lowered.compile = finish
+    return time.perf_counter() - start
+
+
+def ready(engine: Any, prompts: Sequence[list[int]], params: Any) -> dict[str, Any]:
+    """Compile all that a run needs; return how many programs, and the seconds of compiling and of the host."""
+    recorder, host = rehearse(engine, prompts, params)
+    programs = recorder.programs()
+    return {"programs": len(programs), "compile_s": compile_all(engine, programs), "host_s": host}

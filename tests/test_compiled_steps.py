@@ -1,0 +1,35 @@
+"""The steps that an H200 would run, compiled here: the kernels that are in them, and that no cache is copied."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import aot, steps
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, steps.Step]:
+    why = aot.missing()
+    if why:
+        pytest.skip(why)
+    return steps.compile_steps(list(steps.CASES))
+
+
+@pytest.mark.parametrize("name", steps.CASES)
+def test_a_layer_of_a_decode_step_is_five_kernels(name: str, compiled: dict[str, steps.Step]):
+    """Products with query, key and value, out, up and down, and attention; in float32 and in prefill none."""
+    products, attention = {"llama, float32": (0, 0), "llama, prefill": (0, 0), "odd heads": (4, 0)}.get(name, (4, 1))
+    found = compiled[name].kernels
+    assert found.get("skinny_gemm", 0) == products * LAYERS
+    assert found.get("decode_attention_kernel", 0) == attention * LAYERS
+    assert sum(found.values()) == (products + attention) * LAYERS
+
+
+@pytest.mark.parametrize("name", steps.CASES)
+def test_caches_are_written_in_place(name: str, compiled: dict[str, steps.Step]):
+    step = compiled[name]
+    assert step.aliased >= step.caches
+    if step.kernels.get("decode_attention_kernel"):
+        assert step.temporary < step.caches // (2 * LAYERS), "more than a cache's blocks are held"
