@@ -60,7 +60,11 @@ class PagedExecutor(Executor):
         """Allocate the caches."""
         assert plan.tiers is not None
         self.pager, self.tiers, self.passes = pager, plan.tiers, 0
-        super().__init__(plan, mesh, leaves, on_compile)
+        try:
+            super().__init__(plan, mesh, leaves, on_compile)
+        except BaseException:
+            pager.close()
+            raise
 
     def prefill(self, inputs: PrefillInputs, features: SamplerFeatures, wish: PromptWish) -> tuple[Drawn, PromptReport]:
         """Compute chunks of prompts; see :meth:`Executor.prefill`. Returns when the last layer has been handed out.
@@ -164,18 +168,26 @@ class PagedExecutor(Executor):
 
     def _through_layers(self, groups: list[list[Piece]], what: str) -> list[list[Piece]]:
         """Run all layers over all pieces, layer by layer."""
+        shapes = [[_shapes(piece) for piece in group] for group in groups]
         with self._starting_over():
             for layer in range(self.plan.spec.num_layers):
-                segments = self.pager.take(layer)
-                mark: Any = None
-                for group in groups:
-                    for i, (hidden, batch) in enumerate(group):
-                        step = self._layer(layer, segments, hidden, batch, what)
-                        hidden, self.caches[layer], mark = step(segments, self.caches[layer], hidden, batch)
-                        group[i] = hidden, batch
-                self.pager.done(layer, mark)
+                # In a function of its own: a layer's arrays must not outlive their turn in a local variable.
+                self._through_layer(layer, groups, shapes, what)
         self.passes += 1
         return groups
+
+    def _through_layer(self, layer: int, groups: list[list[Piece]], shapes: list[list[Any]], what: str) -> None:
+        """Run a layer over all pieces, which are replaced by what comes out."""
+        segments, kind, mark = self.pager.take(layer), self._kinds[layer], None
+        for group, keys in zip(groups, shapes, strict=True):
+            for i, ((hidden, batch), key) in enumerate(zip(group, keys, strict=True)):
+                step = self._compiled.get(("layer", kind, key))
+                if step is None:
+                    step = self._layer(layer, ("layer", kind, key), segments, hidden, batch, what)
+                hidden, self.caches[layer], mark = step(segments, self.caches[layer], hidden, batch)
+                group[i] = hidden, batch
+        assert mark is not None
+        self.pager.done(layer, mark)
 
     @contextlib.contextmanager
     def _starting_over(self) -> Iterator[None]:
@@ -186,12 +198,10 @@ class PagedExecutor(Executor):
             self.pager.reset()
             raise
 
-    def _layer(self, layer: int, segments: list[jax.Array], hidden: jax.Array, batch: Batch, what: str) -> Any:
-        """The compiled function of a layer."""
-        kind = self._kinds[layer]
-        key = ("layer", kind, _shapes((hidden, batch)))
-        if key in self._compiled:
-            return self._compiled[key]
+    def _layer(
+        self, layer: int, key: Any, segments: list[jax.Array], hidden: jax.Array, batch: Batch, what: str
+    ) -> Any:
+        """Compile the function of a layer, and of all of its kind."""
         packing = self.pager.packings[layer]
         graphdef, treedef = self._layers[layer]
 
@@ -206,7 +216,7 @@ class PagedExecutor(Executor):
         cache = self.caches[layer]
         cache_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, cache)
         specs = [segment.spec for segment in packing.segments]
-        return self._once(
+        return self._compile(
             key, f"a layer of {what}", body, (segments, cache, hidden, batch),
             (specs, cache_specs, self._rows, self._rows), (self._rows, cache_specs, PartitionSpec()), (1, 2),
         )  # fmt: skip

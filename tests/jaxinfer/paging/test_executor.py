@@ -154,20 +154,27 @@ def test_devices_hold_two_layers_and_no_more(offload, root, store_of, monkeypatc
     before = sum(array.nbytes for array in jax.live_arrays())
     with of(store_of(name), offload=offload) as paged:
         executor, plan = paged.executor, paged.plan
+        paged.generate(asked, GREEDY)
+        executor.pager.reset()
+        kept = sum(array.nbytes for array in jax.live_arrays())
         seen = []
-        take = executor.pager.take
+        put = executor.pager.link._put
 
-        def watched(layer):
-            arrays = take(layer)
-            seen.append((executor.pager.device_bytes(), sum(array.nbytes for array in jax.live_arrays()) - before))
+        def watched(*given):
+            arrays = put(*given)  # a layer is on the device from here on
+            seen.append(sum(array.nbytes for array in jax.live_arrays()))
             return arrays
 
-        monkeypatch.setattr(executor.pager, "take", watched)
+        monkeypatch.setattr(executor.pager.link, "_put", watched)
         paged.generate(asked, GREEDY)
         layer = max(plan.tiers.layer_bytes)
-        assert max(layers for layers, _ in seen) == 2 * layer == plan.tiers.device_bytes
+        assert plan.tiers.device_bytes == 2 * layer
+        assert len(seen) > 20
+        hidden = 64 * plan.spec.hidden * 4 * len(asked)  # and what else is on its way between layers
+        assert kept + layer < max(seen) < kept + 2 * layer + 3 * hidden
+        assert 3 * hidden < layer
         temporary = max(step.memory_analysis().temp_size_in_bytes for step in executor.compiled().values())
-        assert max(everything for _, everything in seen) + temporary <= plan.total_bytes_per_device
+        assert max(seen) - before + temporary <= plan.total_bytes_per_device
         assert paged.offload_report()["device"]["used_bytes"] <= plan.total_bytes_per_device
     after = sum(array.nbytes for array in jax.live_arrays())
     assert after <= before + 1000
