@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxinfer.models.parameter import ParameterInfo, array, matmul, parameter, weight
 from jaxinfer.quantization import Quantization, dequantize
+from pallas_kernels import linear
 from tests.modules import normal
 
 
@@ -58,12 +59,14 @@ def test_a_quantized_weight_declares_its_factors():
 
 @pytest.mark.parametrize("shape", [(6, 256), (2, 6, 256), (3, 4, 5, 256)])
 @pytest.mark.parametrize(("method", "dtype"), [("int8", jnp.int8), ("int4", jnp.int4), ("fp8", jnp.float8_e4m3fn)])
-def test_matmul_with_a_quantized_weight(shape, method, dtype):
-    how = Quantization(method, lead=int(len(shape) == 3), group=64 if method == "int4" else None)
+def test_declared_factors_are_those_that_products_take(shape, method, dtype):
+    gated = len(shape) == 3
+    how = Quantization(method, lead=int(gated), group=64 if method == "int4" else None)
     values = (normal(*shape) * 2).astype(dtype)
     scale = jnp.abs(normal(*how.scale_shape(shape), seed=3))
     x = normal(2, 3, 256, seed=2)
     whole = dequantize(np.asarray(values), np.asarray(scale), how)
     wanted = np.tensordot(np.asarray(x), whole, axes=(2, len(shape) - 1))
-    np.testing.assert_allclose(matmul(x, values, scale), wanted, atol=1e-3, rtol=1e-5)
-    assert matmul(x.astype(jnp.bfloat16), values, scale).dtype == jnp.bfloat16
+    wanted = wanted[..., 0, :] * wanted[..., 1, :] if gated else wanted
+    np.testing.assert_allclose(linear(x, values, scale, gated=gated), wanted, atol=1e-3, rtol=1e-4)
+    assert linear(x.astype(jnp.bfloat16), values, scale, gated=gated).dtype == jnp.bfloat16
