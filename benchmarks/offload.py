@@ -37,7 +37,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.bench import measure_limits
 from jaxinfer.checkpoints import convert as conversion
 from jaxinfer.checkpoints.manifest import WEIGHTS
-from jaxinfer.paging import start
+from jaxinfer.paging import start, tiers
 from jaxinfer.paging.link import Link
 from jaxinfer.paging.memory import HostBuffer
 from jaxinfer.paging.timeline import Timeline
@@ -136,15 +136,15 @@ class Bench:
             with same_layers(), self.engine("opt-13b", quantize=quantize, max_batch=self.batch) as engine:
                 loaded = time.perf_counter() - begin
                 rate = self.link(engine.executor.pager.packings[0])
-                tiers = engine.plan.tiers
+                moved = engine.plan.tiers.moved_bytes
                 found = self.timed(engine, self.batch, self.steps)
-                limit = 1e3 * tiers.moved_bytes / rate
+                limit = 1e3 * moved / rate
                 flops = engine.plan.prefill_flops(self.batch, self.prompt)
                 self.note(
                     f"host_{quantize or 'bfloat16'}",
                     found
                     | {
-                        "load_s": loaded, "moved_bytes": tiers.moved_bytes, "link_gb_s": rate / 1e9,
+                        "load_s": loaded, "moved_bytes": moved, "micro_tokens": engine.plan.micro_tokens, "link_gb_s": rate / 1e9,
                         "step_limit_ms": limit, "step_share": limit / found["step_ms"],
                         "prefill_limit_s": max(flops / self.found["limits"]["matmul"], limit / 1e3),
                     },
@@ -315,6 +315,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="where the store is made, on the disk that is measured")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing new is begun")
+    parser.add_argument("--micro-tokens", type=int, help="most prompt tokens that a layer computes at a time")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on a CPU")
     bench = Bench(parser.parse_args())
+    if bench.given.micro_tokens:
+        tiers.MICRO_TOKENS = bench.given.micro_tokens
     getattr(bench, bench.given.part)()

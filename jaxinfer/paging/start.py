@@ -41,7 +41,9 @@ def measured(plan: Plan, devices: Sequence[jax.Device], pretrained: Pretrained) 
     if tiers.disk_bytes and isinstance(pretrained.checkpoint, Store):
         tiers = dataclasses.replace(tiers, disk=disk.measure(pretrained.checkpoint))
     return dataclasses.replace(
-        plan, tiers=tiers, hardware=dataclasses.replace(plan.hardware, link=links.measure(devices))
+        plan,
+        tiers=tiers,
+        hardware=dataclasses.replace(plan.hardware, link=links.measure(devices, (tiers.device_memory or 1 << 40) // 8)),
     )
 
 

@@ -124,6 +124,18 @@ def test_micro_batches_change_nothing(offload, root, store_of, monkeypatch):
             np.testing.assert_allclose(got.logprobs[1:], one.logprobs[1:], atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", [{"tensor": 1}, {"data": 2, "tensor": 2}], ids=str)
+def test_transfers_are_issued_as_an_accelerator_s_are(mesh, root, store_of, monkeypatch):
+    """At once, in the caller's thread. A CPU adopts the host's bytes then, which is right while nobody reuses them."""
+    asked = prompts(case("gpt2-plain"), (5, 40))
+    with tiny(root, "gpt2-plain") as resident:
+        expected = said(resident, asked)
+    with of(store_of("gpt2-plain"), offload="host", mesh=mesh) as paged:
+        monkeypatch.setattr(paged.executor.pager.link, "_copies", False)
+        assert said(paged, asked) == expected
+        assert said(paged, asked) == expected
+
+
 def test_streams_and_many_more_prompts_than_slots(root, store_of):
     asked = prompts(case("llama-plain"), tuple(range(2, 40, 3)))
     with tiny(root) as resident:
