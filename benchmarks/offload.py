@@ -144,8 +144,8 @@ class Bench:
                     f"host_{quantize or 'bfloat16'}",
                     found
                     | {
-                        "load_s": loaded, "moved_bytes": moved, "micro_tokens": engine.plan.micro_tokens, "link_gb_s": rate / 1e9,
-                        "step_limit_ms": limit, "step_share": limit / found["step_ms"],
+                        "load_s": loaded, "moved_bytes": moved, "micro_tokens": engine.plan.micro_tokens,
+                        "link_gb_s": rate / 1e9, "step_limit_ms": limit, "step_share": limit / found["step_ms"],
                         "prefill_limit_s": max(flops / self.found["limits"]["matmul"], limit / 1e3),
                     },
                 )  # fmt: skip
