@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import jax
 import numpy as np
@@ -163,30 +164,28 @@ def test_bfloat16_logits_are_those_of_the_resident_engine_but_for_rounding(name,
 def test_devices_hold_two_layers_and_no_more(offload, root, store_of, monkeypatch):
     name = "gpt_neo-local"  # four layers, of two kinds
     asked = prompts(case(name), (5, 40))
+    gc.collect()  # what other tests left may go at any time
     before = sum(array.nbytes for array in jax.live_arrays())
     with of(store_of(name), offload=offload) as paged:
         executor, plan = paged.executor, paged.plan
         paged.generate(asked, GREEDY)
-        executor.pager.reset()
-        kept = sum(array.nbytes for array in jax.live_arrays())
-        seen = []
+        travels = {(one.shape, one.dtype) for packing in executor.pager.packings for one in packing.segments}
+        layers, everything = [], []
         put = executor.pager.link._put
 
         def watched(*given):
             arrays = put(*given)  # a layer is on the device from here on
-            seen.append(sum(array.nbytes for array in jax.live_arrays()))
+            live = jax.live_arrays()
+            layers.append(sum(array.nbytes for array in live if (array.shape, array.dtype) in travels))
+            everything.append(sum(array.nbytes for array in live))
             return arrays
 
         monkeypatch.setattr(executor.pager.link, "_put", watched)
         paged.generate(asked, GREEDY)
-        layer = max(plan.tiers.layer_bytes)
-        assert plan.tiers.device_bytes == 2 * layer
-        assert len(seen) > 20
-        hidden = 64 * plan.spec.hidden * 4 * len(asked)  # and what else is on its way between layers
-        assert kept + layer < max(seen) < kept + 2 * layer + 3 * hidden
-        assert 3 * hidden < layer
+        assert len(layers) > 20
+        assert max(layers) == plan.tiers.device_bytes == 2 * max(plan.tiers.layer_bytes)
         temporary = max(step.memory_analysis().temp_size_in_bytes for step in executor.compiled().values())
-        assert max(seen) - before + temporary <= plan.total_bytes_per_device
+        assert max(everything) - before + temporary <= plan.total_bytes_per_device
         assert paged.offload_report()["device"]["used_bytes"] <= plan.total_bytes_per_device
     after = sum(array.nbytes for array in jax.live_arrays())
     assert after <= before + 1000
