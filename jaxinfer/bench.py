@@ -22,7 +22,7 @@ from jaxinfer.engine import InferenceEngine
 from jaxinfer.generation.kv_cache import blocks_for
 from jaxinfer.generation.params import SamplingParams
 from jaxinfer.hardware import Hardware
-from jaxinfer.plan import size
+from jaxinfer.sizes import size
 from sharding import describe
 
 COPY_BYTES = {"cpu": 256 << 20, "gpu": 1 << 30}

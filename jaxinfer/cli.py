@@ -155,9 +155,13 @@ def plan(
         import jax
 
         from jaxinfer.bench import measure_limits
+        from jaxinfer.paging.start import measured
+        from jaxinfer.pretrained import Pretrained
 
-        limits = measure_limits(jax.local_devices()[: found.devices], found.dtype)
-        found = dataclasses.replace(found, hardware=limits.hardware(found.hardware))
+        devices = jax.local_devices()[: found.devices]
+        found = dataclasses.replace(found, hardware=measure_limits(devices, found.dtype).hardware(found.hardware))
+        with Pretrained(load.model) as pretrained:
+            found = measured(found, devices, pretrained)
     emit(found.to_dict()) if output.json else print(found)
 
 

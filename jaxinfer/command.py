@@ -67,6 +67,15 @@ class LoadOptions:
     load_format: Annotated[
         str, Option(help="dummy: random parameters in place of the weights, which need not be there.")
     ] = "auto"
+    offload: Annotated[
+        str | None, Option(help="Keep layers in host memory (host), in a store (disk), or where they fit (auto).")
+    ] = None
+    device_memory: Annotated[
+        str | None, Option(help="What may be used of each device, such as 2GB.", metavar="SIZE")
+    ] = None
+    host_memory: Annotated[
+        str | None, Option(help="What --offload may use of the host's memory, such as 64GB.", metavar="SIZE")
+    ] = None
 
     def sizes(self) -> dict[str, int] | None:
         """The mesh's axis sizes, or None.
@@ -86,7 +95,8 @@ class LoadOptions:
 
     def given(self) -> dict[str, Any]:
         """What was given, as arguments of ``init_inference`` and ``plan``."""
-        names = ("quantize", "kv_dtype", "max_batch", "max_model_len", "kv_blocks")
+        names = ["quantize", "kv_dtype", "max_batch", "max_model_len", "kv_blocks"]
+        names += ["offload", "device_memory", "host_memory"]
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         return given if self.load_format == "auto" else given | {"load_format": self.load_format}
 

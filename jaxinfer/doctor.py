@@ -19,7 +19,8 @@ from jaxinfer import hardware
 from jaxinfer.checkpoints import resolve
 from jaxinfer.errors import CheckpointError
 from jaxinfer.hardware import Hardware
-from jaxinfer.plan import plan, size
+from jaxinfer.plan import plan
+from jaxinfer.sizes import size
 from pallas_kernels import Choice, Device, choices
 
 Verdict = Literal["ok", "warning", "problem"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
+import functools
 import html
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -14,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer import hardware, progress
-from jaxinfer.checkpoints import Target
+from jaxinfer import hardware, process, progress
+from jaxinfer.checkpoints import Store, Target
 from jaxinfer.errors import CapacityError, ConfigError, JaxinferError, RequestError
 from jaxinfer.executor import Executor, PromptWish
 from jaxinfer.generation.chat import Message, chat_ids
@@ -25,8 +24,14 @@ from jaxinfer.generation.requests import RequestOutput, RequestOutputs, ScoreOut
 from jaxinfer.generation.runner import Runner, Running
 from jaxinfer.generation.text import TextStream, token_text
 from jaxinfer.models.spec import ModelSpec
+from jaxinfer.paging.executor import PagedExecutor
+from jaxinfer.paging.memory import usable_host
+from jaxinfer.paging.pager import Pager
+from jaxinfer.paging.report import line, report
+from jaxinfer.paging.start import measured, open_pager
 from jaxinfer.plan import Plan, make_plan
 from jaxinfer.pretrained import Pretrained
+from jaxinfer.progress import shown as _shown
 from pallas_kernels import Choice
 from sharding import ShardingRules, describe, make_mesh
 
@@ -41,10 +46,13 @@ def init_inference(
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
-    decode_chunk: int = 16,
-    prefill_chunk: int = 512,
-    prefill_tokens: int = 2048,
+    decode_chunk: int | None = None,
+    prefill_chunk: int | None = None,
+    prefill_tokens: int | None = None,
     rules: ShardingRules | None = None,
+    offload: str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     load_format: str = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -65,10 +73,17 @@ def init_inference(
         max_model_len: most tokens of a sequence, prompt and output; None is the model's context length.
         kv_blocks: KV blocks of 64 tokens on each data shard; None: as many as are of use and fit.
         decode_chunk: tokens that a decode step advances by, between which the host looks at what came; smaller streams
-            more smoothly, larger costs less.
-        prefill_chunk: most prompt tokens of one sequence in a prefill step.
-        prefill_tokens: most prompt tokens of one data shard in a prefill step.
+            more smoothly, larger costs less. None: 16, or 1 where layers are paged.
+        prefill_chunk: most prompt tokens of one sequence in a prefill step; None: 512, or as ``prefill_tokens`` when
+            layers are paged.
+        prefill_tokens: most prompt tokens of one data shard in a prefill step; None: 2048, or as many as a tenth of the
+            memory holds, up to 32768, when layers are paged.
         rules: which mesh axis each logical axis lies on.
+        offload: where the layers live: ``host``, in host memory; ``disk``, in a store, from which they are read at
+            every step; ``auto``, on the devices as far as they fit, then in host memory, then in the store. None: on
+            the devices.
+        device_memory, host_memory: what may be used of each device, and of the host for layers: bytes, or a string
+            such as ``"2GB"``. None: 92 % of what the device reports, and 80 % of what is free.
         load_format: ``auto``; or ``dummy``, which draws random parameters on the devices and reads the configuration
             alone, so that no weights need be there: for measuring, and for trying a plan.
         seed: what requests that bring no seed of their own derive theirs from, and ``dummy`` its parameters.
@@ -78,7 +93,7 @@ def init_inference(
         ConfigError: the configuration is malformed, or asks for something that is not implemented.
         CheckpointError: files are missing, damaged or unsafe, or hold other tensors than the configuration needs.
         sharding.MeshError: the model cannot be split over the mesh; the nearest mesh that works is named.
-        CapacityError: the devices' memory does not hold the model and a cache.
+        CapacityError: the memory of the devices, or of the host, does not hold the model and a cache.
     """
     show = _shown(progress)
     with Pretrained(model, load_format) as pretrained:
@@ -96,30 +111,30 @@ def init_inference(
             prefill_chunk=prefill_chunk,
             prefill_tokens=prefill_tokens,
             rules=rules,
+            offload=offload,
+            device_memory=device_memory,
+            host_memory=usable_host(offload, host_memory),
+            on_disk=isinstance(pretrained.checkpoint, Store),
             quantize=pretrained.quantized(quantize),
             kv_dtype=kv_dtype,
         )
         pretrained.check(plan.layout)
         defaults, eos_token_ids = pretrained.generation()
         tokenizer = pretrained.tokenizer()
-        _keep_compiled(devices)
+        process.keep_compiled(devices)
         placements = Executor.placements(plan, devices)
         targets = {
             path: Target(info.shape, info.dtype, placements[path], info.quantization)
             for path, info in plan.parameters.items()
+            if plan.tiers is None or not path.startswith("layers.")
         }
         leaves = pretrained.load(plan.layout, targets, progress=show, seed=seed)
+        plan = measured(plan, list(devices.devices.flat), pretrained)
+        pager = None if plan.tiers is None else open_pager(pretrained, plan, devices, progress=show, seed=seed)
     return InferenceEngine(
-        plan,
-        devices,
-        leaves,
-        tokenizer=tokenizer,
-        defaults=defaults,
-        eos_token_ids=eos_token_ids,
-        name=pretrained.name,
-        seed=seed,
-        progress=show,
-    )
+        plan, devices, leaves, pager=pager, tokenizer=tokenizer, defaults=defaults, eos_token_ids=eos_token_ids,
+        name=pretrained.name, seed=seed, progress=show,
+    )  # fmt: skip
 
 
 class InferenceEngine:
@@ -139,6 +154,7 @@ class InferenceEngine:
         mesh: Mesh,
         leaves: Mapping[str, jax.Array],
         *,
+        pager: Pager | None = None,
         tokenizer: Any = None,
         defaults: GenerationDefaults | None = None,
         eos_token_ids: Sequence[int] = (),
@@ -153,8 +169,9 @@ class InferenceEngine:
         self.progress = progress
         self._seed, self._requests = seed, 0
         self._lock = threading.RLock()
-        self._runner: Runner | None = Runner(Executor(plan, mesh, leaves, self._compiling))
-        _open_engines.add(self)
+        make = Executor if pager is None else functools.partial(PagedExecutor, pager=pager)
+        self._runner: Runner | None = Runner(make(plan, mesh, leaves, on_compile=self._compiling))
+        process.close_at_exit(self)
 
     @property
     def spec(self) -> ModelSpec:
@@ -315,6 +332,10 @@ class InferenceEngine:
         found = [np.concatenate(request.outputs[0].prompt_logits) for request in live]
         return found[0] if single else found
 
+    def offload_report(self) -> dict[str, Any] | None:
+        """What paging moved, how fast, and what it waited for; None where nothing is paged. See `paging.report`."""
+        return report(self.executor)
+
     def close(self) -> None:
         """Wait for what is running, and free the parameters and the KV cache; the engine cannot be used afterwards."""
         with self._lock:
@@ -422,6 +443,7 @@ class InferenceEngine:
                     with self._lock:
                         self._open().turn()
                     ended = sum(request.ended for request in live)
+                    bar.set_postfix_str(line(runner.executor), refresh=False)
                     bar.update(ended - done)
                     done = ended
             finally:
@@ -471,26 +493,3 @@ class InferenceEngine:
         if self._runner is None:
             raise JaxinferError("this engine is closed")
         return self._runner
-
-
-# A process that ends while the CPU works on a step is aborted ("terminate called without an active exception").
-_open_engines: weakref.WeakSet[InferenceEngine] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for engine in list(_open_engines):
-        engine.close()
-
-
-def _shown(value: bool | None) -> bool:
-    return progress.shown(value)
-
-
-def _keep_compiled(mesh: Mesh) -> None:
-    """Keep compiled programs on disk between runs, unless the user has set JAX's cache up, or on a CPU.
-
-    On a CPU a program is compiled for the very processor, and JAX warns when another reads it.
-    """
-    if jax.config.jax_compilation_cache_dir is None and mesh.devices.flat[0].platform != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxinfer" / "compiled"))

@@ -29,7 +29,7 @@ from jaxinfer.generation.sampling import (
     sample,
 )
 from jaxinfer.models.attention import Batch, LayerCache
-from jaxinfer.models.decoder import Decoder, abstract
+from jaxinfer.models.decoder import Decoder, abstract, parameters
 from jaxinfer.plan import Plan
 from pallas_kernels import Device, compiling_for
 
@@ -154,11 +154,12 @@ class Executor:
     ) -> None:
         """Allocate the caches."""
         self.plan, self.mesh = plan, mesh
-        decoder = abstract(plan.spec, plan.layout, jnp.dtype(plan.dtype), plan.quantize)
+        decoder = self._decoder()
         self._graphdef, state = nnx.split(decoder)
         self._treedef = jax.tree.structure(state)
-        self._leaves = [leaves[path] for path in plan.parameters]
-        self._leaf_specs = [plan.rules.spec(info.axes) for info in plan.parameters.values()]
+        self._paths = list(parameters(decoder))
+        self._leaves = [leaves[path] for path in self._paths]
+        self._leaf_specs = [plan.rules.spec(plan.parameters[path].axes) for path in self._paths]
         self._cache_specs = tuple(plan.rules.spec(CACHE_AXES[: len(shape)]) for shape, _ in plan.cache_arrays)
         self._rows = plan.rules.spec(("batch",))
         self._steps_rows = plan.rules.spec((None, "batch"))
@@ -172,7 +173,7 @@ class Executor:
     @property
     def parameters(self) -> dict[str, jax.Array]:
         """The parameters by path, as they lie on the devices."""
-        return dict(zip(self.plan.parameters, self._leaves, strict=True))
+        return dict(zip(self._paths, self._leaves, strict=True))
 
     @staticmethod
     def placements(plan: Plan, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -251,6 +252,19 @@ class Executor:
         model = self._model(leaves)
         batch = Batch(inputs.tokens, inputs.positions, inputs.tables, inputs.long)
         hidden, caches = model.hidden_states(batch, caches)
+        return caches, *self._prefill_end(model, hidden, last, penalties, inputs, features, wish)
+
+    def _prefill_end(
+        self,
+        model: Decoder,
+        hidden: jax.Array,
+        last: jax.Array,
+        penalties: PenaltyState | None,
+        inputs: PrefillInputs,
+        features: SamplerFeatures,
+        wish: PromptWish,
+    ) -> tuple[jax.Array, PenaltyState | None, Drawn, PromptReport]:
+        """What comes after the layers of a prefill step."""
         rows = jnp.arange(hidden.shape[0])
         logits = model.logits(hidden[rows, inputs.last])
         own: Any = None  # a PenaltyState where penalties are asked for
@@ -263,7 +277,7 @@ class Executor:
         last = last.at[inputs.slots].set(sampled.token, mode="drop")
         if penalties is not None and own is not None:
             penalties = jax.tree.map(lambda all_, new: all_.at[inputs.slots].set(new, mode="drop"), penalties, own)
-        return caches, last, penalties, _drawn(sampled, features), self._report(model, hidden, inputs.targets, wish)
+        return last, penalties, _drawn(sampled, features), self._report(model, hidden, inputs.targets, wish)
 
     def _report(self, model: Decoder, hidden: jax.Array, targets: jax.Array | None, wish: PromptWish) -> PromptReport:
         # One row at a time: the logits of all would be the largest arrays of the step.
@@ -292,19 +306,38 @@ class Executor:
 
         def one(carry: tuple[Any, ...], index: jax.Array) -> tuple[tuple[Any, ...], Drawn]:
             caches, last, penalties = carry
-            active = index < inputs.steps
-            positions = jnp.where(active, inputs.positions + index, -1)
-            batch = Batch(last[:, None], positions[:, None], inputs.tables, inputs.long)
-            hidden, caches = model.hidden_states(batch, caches)
-            sampled, penalties = sample(
-                model.logits(hidden[:, 0]), inputs.rows, penalties, inputs.step + index, features
-            )
-            return (caches, jnp.where(active, sampled.token, last), penalties), _drawn(sampled, features)
+            hidden, caches = model.hidden_states(self._decode_batch(last, inputs, index), caches)
+            last, penalties, drawn = self._decode_end(model, hidden, last, penalties, inputs, index, features)
+            return (caches, last, penalties), drawn
 
         # A static trip count: a while loop that looks at its data syncs with the host at every token.
         steps = jnp.arange(self.plan.decode_chunk, dtype=jnp.int32)
         (caches, last, penalties), drawn = jax.lax.scan(one, (caches, last, penalties), steps)
         return caches, last, penalties, drawn, None
+
+    @staticmethod
+    def _decode_batch(last: jax.Array, inputs: DecodeInputs, index: jax.Array) -> Batch:
+        """The tokens that advance every slot by one, the ``index``-th time."""
+        positions = jnp.where(index < inputs.steps, inputs.positions + index, -1)
+        return Batch(last[:, None], positions[:, None], inputs.tables, inputs.long)
+
+    @staticmethod
+    def _decode_end(
+        model: Decoder,
+        hidden: jax.Array,
+        last: jax.Array,
+        penalties: Any,
+        inputs: DecodeInputs,
+        index: jax.Array,
+        features: SamplerFeatures,
+    ) -> tuple[jax.Array, Any, Drawn]:
+        """What comes after the layers of a decode step; penalties as they came: a PenaltyState, or None."""
+        sampled, penalties = sample(model.logits(hidden[:, 0]), inputs.rows, penalties, inputs.step + index, features)
+        return jnp.where(index < inputs.steps, sampled.token, last), penalties, _drawn(sampled, features)
+
+    def _decoder(self) -> Decoder:
+        """The model of which a step holds all parameters."""
+        return abstract(self.plan.spec, self.plan.layout, jnp.dtype(self.plan.dtype), self.plan.quantize)
 
     def _model(self, leaves: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
@@ -323,12 +356,24 @@ class Executor:
         inputs, penalties = arguments
         cache_specs = [self._cache_specs] * self.plan.spec.num_layers
         kept = (cache_specs, self._rows, self._rows)
+        given = (self._leaves, self.caches, self.last, penalties, inputs)
         in_specs = (self._leaf_specs, *kept, self._rows)
-        mapped = jax.shard_map(
-            body, mesh=self.mesh, in_specs=in_specs, out_specs=(*kept, *result_specs), check_vma=False
-        )
+        return self._compile(key, description, body, given, in_specs, (*kept, *result_specs), (1, 2, 3))
+
+    def _compile(
+        self,
+        key: Any,
+        description: str,
+        body: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        in_specs: tuple[Any, ...],
+        out_specs: Any,
+        donated: tuple[int, ...],
+    ) -> Any:
+        """Compile a body that runs under ``shard_map``, and keep it."""
+        mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         in_shardings = jax.tree.map(self._sharding, in_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-        jitted = jax.jit(mapped, in_shardings=in_shardings, donate_argnums=(1, 2, 3))
+        jitted = jax.jit(mapped, in_shardings=in_shardings, donate_argnums=donated)
         precision: Any = contextlib.nullcontext()
         if self.plan.dtype == "float32":
             # Without it a GPU multiplies float32 as TF32, with 10 bits of mantissa.
@@ -336,7 +381,7 @@ class Executor:
         # By the mesh's devices, which need not be those that JAX takes by default, nor be here.
         chosen = compiling_for(Device.of(self.mesh.devices.flat[0]))
         with self._on_compile(description), precision, chosen:
-            compiled = jitted.lower(self._leaves, self.caches, self.last, penalties, inputs).compile()
+            compiled = jitted.lower(*arguments).compile()
         self._compiled[key] = compiled
         return compiled
 

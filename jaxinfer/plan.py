@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import hardware as machine
+from jaxinfer import plan_table as table
+from jaxinfer.checkpoints import Store
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.generation.kv_cache import blocks_for
 from jaxinfer.generation.scheduler import power_of_two
@@ -22,8 +23,12 @@ from jaxinfer.models.decoder import abstract, parameters
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.models.shapes import shapes_of
 from jaxinfer.models.spec import Layout, ModelSpec
+from jaxinfer.paging import tiers as paging
+from jaxinfer.paging.memory import usable_host
+from jaxinfer.paging.tiers import Tiers
 from jaxinfer.pretrained import DTYPES, Pretrained
 from jaxinfer.quantization import check_method
+from jaxinfer.sizes import parse_bytes, size
 from pallas_kernels import BLOCK_SIZE, SCORE_BYTES, Choice, choices
 from sharding import MeshError, ShardingRules, make_mesh, mesh_sizes
 
@@ -34,8 +39,6 @@ CPU_CACHE_BYTES = 2 << 30
 CPU_WORKSPACE_TOKENS = 512
 KV_DTYPES: dict[str, str | None] = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}
 """Names of ``kv_dtype``, and JAX's; None is that of the model."""
-BOUND_CONTEXT = 512
-"""Tokens of the sequences whose bounds a plan shows."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -59,6 +62,7 @@ class Plan:
         decode_chunk: tokens of a decode step.
         prefill_chunk: most tokens of one sequence in a prefill step.
         prefill_tokens: most tokens of one data shard in a prefill step.
+        tiers: where each layer lives, or None where all stay on the devices.
     """
 
     spec: ModelSpec
@@ -76,6 +80,7 @@ class Plan:
     prefill_tokens: int
     quantize: str | None = None
     kv_dtype: str = "auto"
+    tiers: Tiers | None = None
 
     @property
     def shards(self) -> int:
@@ -108,8 +113,10 @@ class Plan:
 
     @property
     def weight_bytes_per_device(self) -> int:
-        """Bytes of parameters on each device."""
-        return sum(info.nbytes // self._ways(info.axes) for info in self.parameters.values())
+        """Bytes of parameters on each device; of a paged model those that stay, and the slots for the others."""
+        kept = (path for path in self.parameters if self.tiers is None or not path.startswith("layers."))
+        held = sum(self.parameters[path].nbytes // self._ways(self.parameters[path].axes) for path in kept)
+        return held + (0 if self.tiers is None else self.tiers.device_bytes)
 
     @property
     def step_bytes_per_device(self) -> int:
@@ -152,14 +159,29 @@ class Plan:
         gathered from the blocks of one layer; logits.
         """
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
-        rows, size = self.prefill_tokens, jnp.dtype(self.dtype).itemsize
+        rows, size = self.micro_tokens, jnp.dtype(self.dtype).itemsize
         width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
-        scores = min(4 * rows * spec.heads // tensor * self.prefill_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
+        scores = min(4 * rows * spec.heads // tensor * self.micro_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
         groups = self.layout.kv_groups // tensor
         widened = 2 * groups * BLOCK_SIZE * spec.head_dim * size
-        gathered = self.prefill_blocks * (self.block_bytes_per_device // spec.num_layers + widened)
+        read = self.micro_blocks
+        if self.tiers is not None and self.hardware.platform == "cpu":  # there, decode gathers what it reads
+            read = max(read, self.slots * blocks_for(self.max_model_len))
+        gathered = read * (self.block_bytes_per_device // spec.num_layers + widened)
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
-        return rows * width * size * 2 + scores + gathered + logits
+        # Hidden states of a pass wait between the layers, and are put together at the end.
+        waiting = 0 if self.tiers is None else (self.prefill_tokens + 2 * rows) * spec.hidden * size
+        return rows * width * size * 2 + scores + gathered + logits + waiting
+
+    @property
+    def micro_tokens(self) -> int:
+        """Most prompt tokens of one data shard that a layer computes at a time."""
+        return self.prefill_tokens if self.tiers is None else min(self.prefill_tokens, self.tiers.micro_tokens)
+
+    @property
+    def micro_blocks(self) -> int:
+        """Most KV blocks that a layer reads at a time in prefill, of several sequences; see :attr:`prefill_blocks`."""
+        return max(power_of_two(blocks_for(self.max_model_len)), self.micro_tokens // 16)
 
     @property
     def prefill_blocks(self) -> int:
@@ -178,7 +200,10 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether a device's memory holds it all; None where the memory is not known."""
         memory = self.hardware.memory
-        return None if memory is None else self.total_bytes_per_device <= memory * USABLE
+        if memory is None:
+            return None
+        given = None if self.tiers is None else self.tiers.device_memory
+        return self.total_bytes_per_device <= (memory * USABLE if given is None else min(memory, given))
 
     @property
     def implementations(self) -> tuple[Choice[str], ...]:
@@ -197,13 +222,13 @@ class Plan:
         return self.step_bytes_per_device + batch * context * self.block_bytes_per_device / BLOCK_SIZE
 
     def step_milliseconds(self, batch: int = 1, context: int = 0) -> float | None:
-        """The least time of a decode step, in ms: :meth:`step_bytes` at the device's copy bandwidth.
+        """The least time of a decode step, in ms: :meth:`step_bytes` at the device's copy bandwidth, or the transfers.
 
         Returns:
-            None where the bandwidth is not known.
+            None where a rate is not known.
         """
         bandwidth = self.hardware.bandwidth
-        return None if bandwidth is None else 1e3 * self.step_bytes(batch, context) / bandwidth
+        return paging.at_least(self, bandwidth and 1e3 * self.step_bytes(batch, context) / bandwidth)
 
     def prefill_flops(self, batch: int, tokens: int) -> float:
         """Floating-point operations of a device in the prefill of prompts, a multiply-add counted as two.
@@ -234,7 +259,8 @@ class Plan:
         matmul, bandwidth = self.hardware.matmul, self.hardware.bandwidth
         if matmul is None or bandwidth is None:
             return None
-        return 1e3 * max(self.prefill_flops(batch, tokens) / matmul, self.step_bytes_per_device / bandwidth)
+        least = max(self.prefill_flops(batch, tokens) / matmul, self.step_bytes_per_device / bandwidth)
+        return paging.at_least(self, 1e3 * least)
 
     def _ways(self, axes: tuple[str | None, ...]) -> int:
         """Devices among which an array with these axes is divided."""
@@ -243,97 +269,20 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as (what, on each device, in all) rows."""
-        memory = self.hardware.memory
-        devices, shards = self.devices, self.shards
-        cache = self.cache_bytes_per_device
-        tokens = (self.num_blocks - 1) * BLOCK_SIZE
-        table = [
-            ("model", self.spec.family, f"{self.parameter_count:,} parameters"),
-            ("dtype", self.weights, ""),
-            (
-                "mesh",
-                " ".join(f"{a}={n}" for a, n in self.mesh.items() if n > 1) or "one device",
-                f"{devices} x {self.hardware.kind}",
-            ),
-            ("weights (device)", size(self.weight_bytes_per_device), size(self.weight_bytes_per_device * devices)),
-            (f"KV cache (device), {tokens:,} tokens a shard, {self.cache_dtype}", size(cache), size(cache * devices)),
-            ("workspace (device), at most", size(self.workspace_bytes_per_device), ""),
-            ("host", "0 B", "nothing is paged"),
-            ("disk", "0 B", "nothing is paged"),
-            ("memory", "unknown" if memory is None else size(memory), ""),
-            ("fits", {True: "yes", False: "no", None: "unknown"}[self.fits], ""),
-            ("slots", str(self.slots), f"{self.slots * shards} sequences at once"),
-            ("longest sequence", f"{self.max_model_len:,} tokens", ""),
-        ]
-        context = min(BOUND_CONTEXT, self.max_model_len)
-        bounds = [(f"prefill, at least (1 x {context} tokens)", self.prefill_milliseconds(1, context), "")]
-        for batch in dict.fromkeys((1, self.slots)):
-            bound = self.step_milliseconds(batch, context)
-            rate = "" if bound is None else f"{1e3 * batch * shards / bound:,.0f} tokens/s at most"
-            bounds.append((f"decode step, at least (batch {batch} a shard, context {context})", bound, rate))
-        table += [(what, "rates unknown" if ms is None else f"{ms:.3g} ms", rate) for what, ms, rate in bounds]
-        return table
+        return table.rows(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values, sizes in bytes and times in ms."""
-        context = min(BOUND_CONTEXT, self.max_model_len)
-        return {
-            "family": self.spec.family,
-            "dtype": self.dtype,
-            "quantize": self.quantize,
-            "kv_dtype": self.cache_dtype,
-            "mesh": dict(self.mesh),
-            "device": self.hardware.kind,
-            "device_memory": self.hardware.memory,
-            "parameters": self.parameter_count,
-            "weight_bytes": self.weight_bytes,
-            "per_device": {
-                "weight_bytes": self.weight_bytes_per_device,
-                "cache_bytes": self.cache_bytes_per_device,
-                "workspace_bytes": self.workspace_bytes_per_device,
-                "total_bytes": self.total_bytes_per_device,
-            },
-            "tiers": {"device": self.total_bytes_per_device * self.devices, "host": 0, "disk": 0},
-            "fits": self.fits,
-            "slots": self.slots,
-            "kv_blocks": self.num_blocks,
-            "max_model_len": self.max_model_len,
-            "bounds": {
-                "context": context,
-                "prefill_ms": self.prefill_milliseconds(1, context),
-                "step_ms": {
-                    "batch_1": self.step_milliseconds(1, context),
-                    "all_slots": self.step_milliseconds(self.slots, context),
-                },
-                "measured": self.hardware.measured,
-            },
-            "implementations": [choice.to_dict() for choice in self.implementations],
-        }
+        return table.to_dict(self)
 
     def __str__(self) -> str:
-        rows = [("", "each device", "in all"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, "", *map(str, self.implementations)])
+        return table.text(self)
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
-        )
-        served = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.implementations)
-        return f"<table><tr><th></th><th>each device</th><th>in all</th></tr>{body}</table><ul>{served}</ul>"
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
+        return table.html(self)
 
 
 def make_plan(
@@ -345,12 +294,16 @@ def make_plan(
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
-    decode_chunk: int = 16,
-    prefill_chunk: int = 512,
-    prefill_tokens: int = 2048,
+    decode_chunk: int | None = None,
+    prefill_chunk: int | None = None,
+    prefill_tokens: int | None = None,
     rules: ShardingRules | None = None,
     quantize: str | None = None,
     kv_dtype: str = "auto",
+    offload: str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    on_disk: bool = True,
     must_fit: bool = True,
 ) -> Plan:
     """Lay a model out over a mesh.
@@ -368,11 +321,13 @@ def make_plan(
         rules: logical axis -> mesh axis.
         quantize: how the weights of attention and MLP are: ``int8``, ``int4``, ``fp8`` or None.
         kv_dtype: of cached keys and values: ``auto``, ``int8`` or ``fp8``; see :class:`Plan`.
+        offload, device_memory, host_memory: as in :func:`jaxinfer.init_inference`.
+        on_disk: whether the checkpoint is a store, from which layers can be read at every step.
         must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
     Raises:
         ConfigError: a size that is not a positive integer, an unknown dtype, ``max_model_len`` over the context length;
-            int4 for a weight whose inputs on one device no group divides.
+            int4 for a weight whose inputs on one device no group divides; layers on disk without a store.
         CapacityError: the memory does not hold the weights and a useful cache.
         sharding.MeshError: rules that the steps do not follow.
     """
@@ -387,24 +342,50 @@ def make_plan(
         "prefill_chunk": prefill_chunk, "prefill_tokens": prefill_tokens,
     }  # fmt: skip
     for name, value in numbers.items():
-        optional = name in ("max_model_len", "kv_blocks")
+        optional = name != "max_batch"
         if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
     if max_model_len is not None and max_model_len > spec.context_length:
         raise ConfigError(f"max_model_len: the model's context is {spec.context_length} tokens, got {max_model_len}")
+    device_memory = parse_bytes("device_memory", device_memory)
+    host_memory = parse_bytes("host_memory", host_memory)
+    paging.check_offload(offload, device_memory, host_memory)
     layout = Layout.of(spec, mesh.get("tensor", 1))
     shards = mesh.get("data", 1)
     longest = max_model_len or spec.context_length
     slots = -(-max_batch // shards)
+    if device_memory is not None:
+        least = device_memory if hardware.memory is None else min(hardware.memory, device_memory)
+        hardware = dataclasses.replace(hardware, memory=least)
     listed = parameters(abstract(spec, layout, jnp.dtype(dtype), quantize))
 
-    def build(blocks: int) -> Plan:
+    def build(blocks: int, tiers: Tiers | None = None) -> Plan:
+        # Paged, a step is as long as a transfer of the model, whatever it computes: so one token and many prompts.
+        chunk, tokens = (16, 2048) if tiers is None else (1, paging.pass_tokens(tiers, spec.hidden, dtype))
+        one = min(longest, prefill_chunk or (512 if tiers is None else prefill_tokens or tokens))
         return Plan(
-            spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype,
-            parameters=listed, hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest,
-            decode_chunk=decode_chunk, prefill_chunk=min(prefill_chunk, longest), prefill_tokens=prefill_tokens,
-            quantize=quantize, kv_dtype=kv_dtype,
+            spec=spec, layout=layout, rules=rules or ShardingRules(), mesh=dict(mesh), dtype=dtype, parameters=listed,
+            hardware=hardware, slots=slots, num_blocks=blocks, max_model_len=longest, quantize=quantize,
+            kv_dtype=kv_dtype, decode_chunk=decode_chunk or chunk, prefill_chunk=one,
+            prefill_tokens=prefill_tokens or tokens, tiers=tiers,
         )  # fmt: skip
+
+    def paged() -> Plan:
+        wanted = slots * blocks_for(longest) + 1 if kv_blocks is None else kv_blocks + 1
+        if kv_blocks is None and hardware.kind == "cpu":
+            wanted = max(2, min(wanted, CPU_CACHE_BYTES // build(2).block_bytes_per_device))
+        cap = device_memory or (None if hardware.memory is None else int(hardware.memory * USABLE))
+        first = paging.unassigned(build(2), str(offload), cap, host_memory)
+        given = kv_blocks is not None
+        return paging.assign(build, first, wanted=wanted, given=given, on_disk=on_disk, must_fit=must_fit)
+
+    if offload in ("host", "disk"):
+        return paged()
+    if offload == "auto":
+        common = blocks_for(min(longest, table.BOUND_CONTEXT))
+        whole = build(slots * common + 1 if kv_blocks is None else kv_blocks + 1)
+        if whole.fits is False:
+            return paged()
 
     if kv_blocks is not None:
         plan = build(kv_blocks + 1)
@@ -455,13 +436,16 @@ def plan(
     max_batch: int = 16,
     max_model_len: int | None = None,
     kv_blocks: int | None = None,
-    decode_chunk: int = 16,
-    prefill_chunk: int = 512,
-    prefill_tokens: int = 2048,
+    decode_chunk: int | None = None,
+    prefill_chunk: int | None = None,
+    prefill_tokens: int | None = None,
     rules: ShardingRules | None = None,
     quantize: str | None = None,
     load_format: str = "auto",
     kv_dtype: str = "auto",
+    offload: str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
 ) -> Plan:
     """Say where every byte of a model would live and what that bounds, without loading it.
 
@@ -473,7 +457,8 @@ def plan(
         device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
         max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, load_format,
-            kv_dtype: as in :func:`jaxinfer.init_inference`.
+            kv_dtype, offload, device_memory: as in :func:`jaxinfer.init_inference`.
+        host_memory: likewise; with a device that is not here, without limit where None.
 
     Raises:
         ConfigError, CheckpointError, sharding.MeshError: as in :func:`jaxinfer.init_inference`; also ConfigError for a
@@ -483,6 +468,7 @@ def plan(
         if device is None:
             devices = make_mesh(mesh, pretrained.limits)
             sizes, of = dict(devices.shape), machine.of(devices.devices.flat[0])
+            host_memory = usable_host(offload, host_memory)
         else:
             of = machine.named(device) if isinstance(device, str) else device
             sizes = mesh_sizes(dict(mesh.shape) if isinstance(mesh, Mesh) else mesh or {}, pretrained.limits)
@@ -490,7 +476,8 @@ def plan(
             pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
             prefill_tokens=prefill_tokens, rules=rules, quantize=pretrained.quantized(quantize), kv_dtype=kv_dtype,
-            must_fit=False,
+            offload=offload, device_memory=device_memory, host_memory=host_memory,
+            on_disk=isinstance(pretrained.checkpoint, Store), must_fit=False,
         )  # fmt: skip
         pretrained.check(found.layout)
     return found

@@ -162,7 +162,7 @@ class Pretrained:
             return dummy(targets, seed)
         if isinstance(self.checkpoint, Store):
             self.check(layout)
-            moved = {path: self._moves(path, target, layout) for path, target in targets.items()}
+            moved = {path: self.moves(path, target, layout) for path, target in targets.items()}
             wired = {path: packed(target) for path, target in targets.items()}
             found = restore(self.checkpoint, moved, wired, progress=progress)
             return {path: unpacked(found.pop(path), target) for path, target in targets.items()}
@@ -176,7 +176,8 @@ class Pretrained:
             found |= load_quantized(self.checkpoint, sources, chosen, progress=progress)
         return {path: found[path] for path in targets}
 
-    def _moves(self, path: str, target: Target, layout: Layout) -> tuple[Move, ...]:
+    def moves(self, path: str, target: Target | ParameterInfo, layout: Layout) -> tuple[Move, ...]:
+        """Say which regions of a store's tensor fill which of a parameter of a layout."""
         assert isinstance(self.checkpoint, Store)
         shape = self.checkpoint.tensors[path].shape
         if self.quantize == "int4" and path.endswith("_scale"):

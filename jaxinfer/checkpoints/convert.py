@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jaxinfer import progress as bars
 from jaxinfer.checkpoints.boxes import Box, nbytes_of, view
 from jaxinfer.checkpoints.folder import INDEX_FILE, Checkpoint, confined
+from jaxinfer.checkpoints.frugal import Kept, handlers
 from jaxinfer.checkpoints.loader import cut
 from jaxinfer.checkpoints.manifest import (
     DTYPES,
@@ -67,9 +68,9 @@ def convert(
 ) -> Path:
     """Convert a checkpoint to a store, of which every byte is verified when it is read.
 
-    Host memory: some five times the largest layer, embedding or head (1.9 GB measured with layers of 405 MB). A
-    conversion that was ended by anything at all goes on where it was when it is called again with the same arguments;
-    until it is done nothing is at ``out``.
+    Host memory: the largest layer, embedding or head, and less than 0.6 GiB (a test watches it). A conversion that was
+    ended by anything at all goes on where it was when it is called again with the same arguments; until it is done
+    nothing is at ``out``.
 
     Args:
         model: a folder as transformers writes it, a Hugging Face hub id, or ``"demo"`` for the bundled model.
@@ -239,10 +240,13 @@ class _Conversion:
             elif not info.factors:
                 arrays[path] = self._array(path, self.dtypes[path])
         arguments = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in arrays}
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=handlers()
+        )
         with ocp.Checkpointer(handler) as checkpointer:
             try:
-                checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=arguments))
+                kept = {path: values.view(Kept) for path, values in arrays.items()}
+                checkpointer.save(folder, args=ocp.args.PyTreeSave(kept, save_args=arguments))
             except ValueError as error:  # TensorStore's: a full disk, a limit on the size of files
                 reason = " ".join(str(error).split())[:400]
                 raise CheckpointError(f"{folder}: tensors of {group} cannot be written: {reason}") from None

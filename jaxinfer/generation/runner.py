@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxinfer.executor import ERROR_TOKEN, DecodeInputs, Drawn, Executor, PrefillInputs, PromptReport, PromptWish
 from jaxinfer.generation import scheduler as scheduling
-from jaxinfer.generation.kv_cache import NULL_BLOCK
+from jaxinfer.generation.kv_cache import NULL_BLOCK, blocks_for
 from jaxinfer.generation.params import MAX_LOGPROBS, ResolvedParams
 from jaxinfer.generation.requests import FinishReason, Logprob, logprob_dict
 from jaxinfer.generation.sampling import PAD, SamplerFeatures, SamplingRows, features_of, pack
@@ -155,7 +155,8 @@ class Runner:
         per_shard, length = prefill_shape(
             max(len(rows) for rows in step.rows), max(row.stop - row.start for rows in step.rows for row in rows)
         )
-        blocks = power_of_two(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
+        # As far as these tokens see: a sequence has blocks for what it will say as well.
+        blocks = power_of_two(max(blocks_for(row.stop) for rows in step.rows for row in rows))
         size = per_shard * plan.shards
         tokens, positions = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
         tables = np.full((size, blocks), NULL_BLOCK, np.int32)
@@ -178,7 +179,8 @@ class Runner:
                 positions[index, :count] = np.arange(row.start, row.stop)
                 following = said[row.start + 1 : row.stop + 1]
                 targets[index, : len(following)] = following
-                tables[index, : len(sequence.blocks)] = sequence.blocks
+                seen = sequence.blocks[:blocks]
+                tables[index, : len(seen)] = seen
                 last[index], number[index], long[index] = count - 1, len(sequence.output), sequence.long
                 if row.last and sequence.max_tokens and sequence.slot is not None:
                     slots[index] = sequence.slot

@@ -143,6 +143,9 @@ def test_seeds_make_sampling_repeatable(run, folder):
         (["plan", "-m", "FOLDER", "--device", "abacus"], "device 'abacus' is not known; known are H200"),
         (["plan", "-m", "FOLDER", "--quantize", "int4"], "attention.qkv: int4 has groups of 128 or 64 inputs"),
         (["generate", "-m", "FOLDER", "--quantize", "q8", "x"], "quantize: expected None or one of int8, int4, fp8"),
+        (["generate", "-m", "FOLDER", "--offload", "disk", "x"], "make one with `jaxinfer convert MODEL STORE`"),
+        (["generate", "-m", "FOLDER", "--offload", "host", "--device-memory", "1KB", "x"], "paging needs"),
+        (["plan", "-m", "FOLDER", "--offload", "gpu"], "offload: expected None or one of host, disk, auto, got 'gpu'"),
         (["plan", "-m", "FOLDER", "--device", "H200", "--measure"], "--measure: only for the devices that are here"),
         (["plan", "-m", "FOLDER", "--device", "H200", "--mesh", "tensor=8"], "4 heads cannot be divided by tensor=8"),
         (["bench", "-m", "FOLDER", "--mesh", "data=1", "--prompt-tokens", "300"], "the context length is 256"),
@@ -199,6 +202,19 @@ def test_quantized_weights_take_fewer_bytes_in_plans_and_stores(run, folder, tmp
     assert json.loads(out)["bytes"] == asked["weight_bytes"]
     stored = json.loads(run("plan", "-m", tmp_path / "store", "--device", "H200", "--json")[1])
     assert stored == asked
+
+
+def test_layers_from_disk_write_the_same_text(run, folder, greedy, tmp_path):
+    store = tmp_path / "store"
+    assert run("convert", folder, store)[0] == 0
+    paged = ("--offload", "disk", "--device-memory", "2GB")
+    assert run(*generate_arguments(store, PROMPT, *paged)) == (0, f"{greedy[1]}\n", "")
+    code, out, _ = run("plan", "-m", store, *paged, "--json", "--measure")
+    found = json.loads(out)["paging"]
+    assert code == 0
+    assert found["layers"] == {"device": [], "host": [], "disk": [0, 1]}
+    assert found["bounds"]["step_ms"] > 0
+    assert found["disk_bytes_per_second"] > 0
 
 
 def test_plan_for_more_devices_than_there_are(run, folder):

@@ -147,6 +147,8 @@ def test_only_what_was_given_is_passed_on():
     assert LoadOptions(model="demo", kv_dtype="int8").given() == {"kv_dtype": "int8"}
     assert LoadOptions(model="demo", quantize="int4").given() == {"quantize": "int4"}
     assert LoadOptions(model="demo", load_format="dummy").given() == {"load_format": "dummy"}
+    tiers = {"offload": "auto", "device_memory": "2GB", "host_memory": "64GB"}
+    assert LoadOptions(model="demo", **tiers).given() == tiers
 
 
 @pytest.mark.parametrize(("options", "slots"), [({}, 2), ({"max_batch": 3}, 3)])

@@ -12,7 +12,8 @@ import jaxinfer
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.hardware import Hardware, named
 from jaxinfer.models.families import load_spec
-from jaxinfer.plan import USABLE, make_plan, size
+from jaxinfer.plan import USABLE, make_plan
+from jaxinfer.sizes import size
 from sharding import MeshError, ShardingRules
 from tests.cases import case
 from tests.engines import LLAMA, tiny

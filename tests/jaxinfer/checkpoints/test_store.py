@@ -146,6 +146,20 @@ def test_truncation_after_opening_is_an_error_that_names_the_tensor(store):
             opened.read(tensor, 0, box, np.empty(tensor.shape, tensor.dtype))
 
 
+def test_chunks_that_go_after_opening_are_errors_and_not_zeros(store):
+    """TensorStore's default is to fill what is not there with zeros."""
+    with Store(store) as opened:
+        tensor = opened.tensors["layers.0.mlp.up"]
+        out = np.ones(tensor.shape, tensor.dtype)
+        box = tuple(slice(0, size) for size in tensor.shape)
+        opened.fetch(tensor, box, out)()
+        assert np.any(out != 1)
+        shutil.rmtree(store / "weights" / "layers.0")
+        wait = opened.fetch(tensor, box, out)
+        with pytest.raises(CheckpointError, match=r"layers\.0: tensor layers\.0\.mlp\.up: expected .* cannot be read"):
+            wait()
+
+
 def test_a_missing_file_is_found(store):
     file = data_file(store, "layers.0")
     file.unlink()

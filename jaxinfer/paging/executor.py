@@ -1,0 +1,320 @@
+"""The paged executor: one compiled function for each kind of layer, called layer by layer with weights from a pager.
+
+It stands in for the resident executor: the same steps, inputs, caches and results. Every layer serves all micro-batches
+of a pass before the next one (zig-zag), so that a transfer is paid once for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxinfer.executor import (
+    DecodeInputs,
+    Drawn,
+    Executor,
+    PrefillInputs,
+    PromptReport,
+    PromptWish,
+    _fetching,
+    _shapes,
+)
+from jaxinfer.generation.sampling import PenaltyState, SamplerFeatures
+from jaxinfer.models.attention import Batch, LayerCache
+from jaxinfer.models.decoder import Decoder
+from jaxinfer.paging.pager import Pager
+from jaxinfer.plan import Plan
+
+Piece = tuple[jax.Array, Batch]
+"""Hidden states on their way through the layers, and the batch they belong to."""
+
+
+class PagedExecutor(Executor):
+    """Runs prefill and decode steps of a plan with tiers.
+
+    Args:
+        plan, mesh, on_compile: as of :class:`jaxinfer.executor.Executor`.
+        leaves: parameters of embedding and head by path.
+        pager: where the layers come from; closed with the executor.
+
+    Attributes:
+        passes: how often all layers were run.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        leaves: Mapping[str, jax.Array],
+        pager: Pager,
+        on_compile: Callable[[str], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        """Allocate the caches."""
+        assert plan.tiers is not None
+        self.pager, self.tiers, self.passes = pager, plan.tiers, 0
+        try:
+            super().__init__(plan, mesh, leaves, on_compile)
+        except BaseException:
+            pager.close()
+            raise
+
+    def prefill(self, inputs: PrefillInputs, features: SamplerFeatures, wish: PromptWish) -> tuple[Drawn, PromptReport]:
+        """Compute chunks of prompts; see :meth:`Executor.prefill`. Returns when the last layer has been handed out.
+
+        Raises:
+            CheckpointError: a layer on disk cannot be read, or is damaged; nothing was computed with it.
+        """
+        if self.trace is not None:
+            self.trace.append(("prefill", functools.partial(self.prefill, inputs, features, wish)))
+        rows, tokens = inputs.tokens.shape
+        groups, columns = self._split(rows // self.plan.shards, tokens, inputs.tables.shape[1])
+        parts = [self._part(inputs, group, groups) for group in range(groups)]
+        what = f"prefill of {rows // groups} x {tokens} tokens, context {inputs.tables.shape[1] * 64}"
+        pieces = [self._embed(part, columns, what) for part in parts]
+        pieces = self._through_layers(pieces, what)
+        found = []
+        for part, own in zip(parts, pieces, strict=True):
+            penalties = self._penalty_state() if features.penalties else None
+            hidden = [piece for piece, _ in own]
+            arguments = (self._leaves, hidden, self.last, penalties, part)
+            step = self._once(
+                ("prefill end", _shapes((hidden, part)), features, wish),
+                f"head of {what}",
+                functools.partial(self._prefill_tail, features=features, wish=wish),
+                arguments,
+                (self._leaf_specs, self._rows, self._rows, self._rows, self._rows),
+                (self._rows, self._rows, self._rows, self._rows),
+                (2, 3),
+            )
+            self.last, penalties, drawn, report = step(*arguments)
+            if features.penalties:
+                self._penalties = penalties
+            found.append((drawn, report))
+        drawn, report = found[0] if len(found) == 1 else self._joined(found)
+        return _fetching(drawn), _fetching(report)
+
+    def decode(self, inputs: DecodeInputs, features: SamplerFeatures) -> Drawn:
+        """Advance every slot; see :meth:`Executor.decode`. Passes that would advance none are left out.
+
+        Raises:
+            CheckpointError: as :meth:`prefill`.
+        """
+        if self.trace is not None:
+            self.trace.append(("decode", functools.partial(self.decode, inputs, features)))
+        most = max(1, min(int(np.max(inputs.steps)), self.plan.decode_chunk))
+        placed = jax.device_put(inputs, jax.tree.map(lambda _: self._sharding(self._rows), inputs))
+        what = f"decode of {self.batch} slots, context {inputs.tables.shape[1] * 64}"
+        drawn = [self._decode_one(placed, np.int32(index), features, what) for index in range(most)]
+        return _fetching(_stacked(drawn))
+
+    def device_bytes(self) -> int:
+        """Bytes of parameters and caches on all devices, now."""
+        held = jax.tree.leaves((self._leaves, self.caches, self.last, self._penalties))
+        return self.pager.device_bytes() + sum(s.data.nbytes for leaf in held for s in leaf.addressable_shards)
+
+    def free(self) -> None:
+        """Wait for what is running, and give all memory back, that of the host as well."""
+        with contextlib.suppress(RuntimeError):
+            jax.block_until_ready(self.caches)
+        self.pager.close()
+        super().free()
+
+    def _decode_one(self, inputs: DecodeInputs, index: np.int32, features: SamplerFeatures, what: str) -> Drawn:
+        rows = self._rows
+        arguments: tuple[Any, ...] = (self._leaves, self.last, inputs, index)
+        embed = self._once(
+            ("decode begin", _shapes(inputs)), f"embedding of {what}", self._decode_head, arguments,
+            (self._leaf_specs, rows, rows, PartitionSpec()), rows, (),
+        )  # fmt: skip
+        [[(hidden, _)]] = self._through_layers([[embed(*arguments)]], what)
+        penalties = self._penalty_state() if features.penalties else None
+        arguments = (self._leaves, hidden, self.last, penalties, inputs, index)
+        end = self._once(
+            ("decode end", _shapes(inputs), features),
+            f"head of {what}",
+            functools.partial(self._decode_tail, features=features),
+            arguments,
+            (self._leaf_specs, rows, rows, rows, rows, PartitionSpec()),
+            (rows, rows, rows),
+            (2, 3),
+        )
+        self.last, penalties, drawn = end(*arguments)
+        if features.penalties:
+            self._penalties = penalties
+        return drawn
+
+    def _embed(self, part: PrefillInputs, columns: int, what: str) -> list[Piece]:
+        batch = Batch(part.tokens, part.positions, part.tables, part.long)
+        arguments = (self._leaves, batch)
+        step = self._once(
+            ("prefill begin", _shapes(batch), columns),
+            f"embedding of {what}",
+            functools.partial(self._prefill_head, columns=columns),
+            arguments,
+            (self._leaf_specs, self._rows),
+            self._rows,
+            (),
+        )
+        pieces: list[Piece] = step(*arguments)
+        return pieces
+
+    def _through_layers(self, groups: list[list[Piece]], what: str) -> list[list[Piece]]:
+        """Run all layers over all pieces, layer by layer."""
+        shapes = [[_shapes(piece) for piece in group] for group in groups]
+        with self._starting_over():
+            for layer in range(self.plan.spec.num_layers):
+                # In a function of its own: a layer's arrays must not outlive their turn in a local variable.
+                self._through_layer(layer, groups, shapes, what)
+        self.passes += 1
+        return groups
+
+    def _through_layer(self, layer: int, groups: list[list[Piece]], shapes: list[list[Any]], what: str) -> None:
+        """Run a layer over all pieces, which are replaced by what comes out."""
+        segments, kind, mark = self.pager.take(layer), self._kinds[layer], None
+        for group, keys in zip(groups, shapes, strict=True):
+            for i, ((hidden, batch), key) in enumerate(zip(group, keys, strict=True)):
+                step = self._compiled.get(("layer", kind, key))
+                if step is None:
+                    step = self._layer(layer, ("layer", kind, key), segments, hidden, batch, what)
+                hidden, self.caches[layer], mark = step(segments, self.caches[layer], hidden, batch)
+                group[i] = hidden, batch
+        assert mark is not None
+        self.pager.done(layer, mark)
+
+    @contextlib.contextmanager
+    def _starting_over(self) -> Iterator[None]:
+        """After an error the next pass begins with the first layer, and nothing of this one is left."""
+        try:
+            yield
+        except BaseException:
+            self.pager.reset()
+            raise
+
+    def _layer(
+        self, layer: int, key: Any, segments: list[jax.Array], hidden: jax.Array, batch: Batch, what: str
+    ) -> Any:
+        """Compile the function of a layer, and of all of its kind."""
+        packing = self.pager.packings[layer]
+        graphdef, treedef = self._layers[layer]
+
+        def body(
+            segments: list[jax.Array], cache: LayerCache, hidden: jax.Array, batch: Batch
+        ) -> tuple[jax.Array, LayerCache | None, jax.Array]:
+            module = nnx.merge(graphdef, jax.tree.unflatten(treedef, packing.unpack(segments)))
+            hidden, written = module(hidden, batch, cache)
+            # Ready when the layer is; hidden states and cache are given away to the next call.
+            return hidden, written, hidden[0, 0, 0]
+
+        cache = self.caches[layer]
+        cache_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, cache)
+        specs = [segment.spec for segment in packing.segments]
+        return self._compile(
+            key, f"a layer of {what}", body, (segments, cache, hidden, batch),
+            (specs, cache_specs, self._rows, self._rows), (self._rows, cache_specs, PartitionSpec()), (1, 2),
+        )  # fmt: skip
+
+    # The bodies below run under shard_map: every array is this device's block.
+
+    def _prefill_head(self, leaves: list[jax.Array], batch: Batch, *, columns: int) -> list[Piece]:
+        hidden, _ = self._model(leaves).hidden_states(batch, [])
+        width = hidden.shape[1] // columns
+        pieces = []
+        for start in range(0, hidden.shape[1], width):
+            part = slice(start, start + width)
+            own = Batch(batch.tokens[:, part], batch.positions[:, part], batch.tables, batch.long)
+            pieces.append((hidden[:, part], own))
+        return pieces
+
+    def _prefill_tail(
+        self,
+        leaves: list[jax.Array],
+        hidden: list[jax.Array],
+        last: jax.Array,
+        penalties: PenaltyState | None,
+        inputs: PrefillInputs,
+        *,
+        features: SamplerFeatures,
+        wish: PromptWish,
+    ) -> tuple[jax.Array, PenaltyState | None, Drawn, PromptReport]:
+        whole = jnp.concatenate(hidden, axis=1)
+        return self._prefill_end(self._model(leaves), whole, last, penalties, inputs, features, wish)
+
+    def _decode_head(self, leaves: list[jax.Array], last: jax.Array, inputs: DecodeInputs, index: jax.Array) -> Piece:
+        batch = self._decode_batch(last, inputs, index)
+        hidden, _ = self._model(leaves).hidden_states(batch, [])
+        return hidden, batch
+
+    def _decode_tail(
+        self,
+        leaves: list[jax.Array],
+        hidden: jax.Array,
+        last: jax.Array,
+        penalties: PenaltyState | None,
+        inputs: DecodeInputs,
+        index: jax.Array,
+        *,
+        features: SamplerFeatures,
+    ) -> tuple[jax.Array, PenaltyState | None, Drawn]:
+        return self._decode_end(self._model(leaves), hidden, last, penalties, inputs, index, features)
+
+    def _decoder(self) -> Decoder:
+        """The model without its layers, which are kept apart."""
+        decoder = super()._decoder()
+        split = [nnx.split(layer) for layer in decoder.layers]
+        self._layers = [(graphdef, jax.tree.structure(state)) for graphdef, state in split]
+        kinds: list[Any] = []
+        self._kinds: list[int] = []
+        for (graphdef, _), packing in zip(self._layers, self.pager.packings, strict=True):
+            if (graphdef, packing) not in kinds:
+                kinds.append((graphdef, packing))
+            self._kinds.append(kinds.index((graphdef, packing)))
+        decoder.layers = nnx.List([])
+        return decoder
+
+    def _once(self, key: Any, *about: Any) -> Any:
+        """The compiled step for a key, compiled now if this is its first use."""
+        return self._compiled[key] if key in self._compiled else self._compile(key, *about)
+
+    def _split(self, rows: int, tokens: int, blocks: int) -> tuple[int, int]:
+        """Micro-batches of a prefill step: groups of rows of each shard, and pieces along the tokens of each row."""
+        most = max(1, min(self.tiers.micro_tokens // tokens, self.plan.micro_blocks // blocks))
+        groups = next(count for count in range(1, rows + 1) if rows % count == 0 and rows // count <= most)
+        columns = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= self.tiers.micro_tokens)
+        return groups, columns
+
+    def _part(self, inputs: PrefillInputs, group: int, groups: int) -> PrefillInputs:
+        """A group of rows: the same rows of every data shard."""
+        shards, rows = self.plan.shards, len(inputs.tokens) // self.plan.shards // groups
+
+        def cut(values: Any) -> np.ndarray:
+            rest = np.shape(values)[1:]
+            return np.asarray(values).reshape(shards, groups, rows, *rest)[:, group].reshape(shards * rows, *rest)
+
+        return inputs if groups == 1 else jax.tree.map(cut, inputs)
+
+    def _joined(self, found: list[Any]) -> Any:
+        """Put the results of groups together, in the order of the rows."""
+        shards, sharding = self.plan.shards, self._sharding(self._rows)
+
+        def join(*parts: jax.Array) -> jax.Array:
+            rows, *rest = parts[0].shape
+            by_shard = [part.reshape(shards, rows // shards, *rest) for part in parts]
+            return jnp.concatenate(by_shard, axis=1).reshape(len(parts) * rows, *rest)
+
+        key = ("joined", _shapes(found))
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(lambda trees: jax.tree.map(join, *trees), out_shardings=sharding)
+        return self._compiled[key](found)
+
+
+@jax.jit
+def _stacked(drawn: list[Drawn]) -> Drawn:
+    return jax.tree.map(lambda *steps: jnp.stack(steps), *drawn)

@@ -1,0 +1,345 @@
+"""Which layers stay on the devices, which lie in host memory and which on disk; and what that bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax.numpy as jnp
+
+from jaxinfer.errors import CapacityError, ConfigError
+from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.paging.packing import Packing
+from jaxinfer.sizes import size
+from sharding import ShardingRules
+
+if TYPE_CHECKING:
+    from jaxinfer.plan import Plan
+
+Tier = Literal["device", "host", "disk"]
+OFFLOADS = ("host", "disk", "auto")
+DEVICE_SLOTS = 2
+"""Paged layers on a device at once: one computes, the next arrives."""
+RING_SLOTS = 4
+"""Host buffers of the disk tier: one travels to the devices, two are being read, one is ready."""
+MICRO_TOKENS = 2048
+"""Most prompt tokens that a layer computes at a time; a pass has many times that."""
+PASS_TOKENS = 32768
+"""Most prompt tokens of a pass where nobody says: enough to hide a transfer over PCIe 5 at bfloat16, see `Tiers`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiers:
+    """Where the layers of a paged model live.
+
+    Attributes:
+        offload: what was asked for.
+        layers: the tier of each layer.
+        layer_bytes: bytes of each layer on each device.
+        buffer_bytes: bytes of each layer in host memory, for all devices together.
+        slots: paged layers that a device holds at once.
+        ring: host buffers through which layers come from disk.
+        micro_tokens: most prompt tokens that a layer computes at a time.
+        disk: bytes per second of the disk, or None where unknown.
+        device_memory, host_memory: what may be used of each device and of the host; None where nobody said and nobody
+            knows.
+    """
+
+    offload: str
+    layers: tuple[Tier, ...]
+    layer_bytes: tuple[int, ...]
+    buffer_bytes: tuple[int, ...]
+    slots: int = DEVICE_SLOTS
+    ring: int = RING_SLOTS
+    micro_tokens: int = MICRO_TOKENS
+    disk: float | None = None
+    device_memory: int | None = None
+    host_memory: int | None = None
+
+    def of(self, tier: Tier) -> list[int]:
+        """The layers of a tier."""
+        return [layer for layer, own in enumerate(self.layers) if own == tier]
+
+    @property
+    def paged(self) -> list[int]:
+        """The layers that are not on the devices."""
+        return [layer for layer, tier in enumerate(self.layers) if tier != "device"]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of layers on each device: those that stay, and the slots."""
+        paged = [self.layer_bytes[layer] for layer in self.paged]
+        resident = sum(self.layer_bytes[layer] for layer in self.of("device"))
+        return resident + min(self.slots, len(paged)) * max(paged, default=0)
+
+    @property
+    def ring_slots(self) -> int:
+        """Host buffers of the disk tier."""
+        return min(self.ring, len(self.of("disk")))
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory: layers that live there, and the ring."""
+        ring = max((self.buffer_bytes[layer] for layer in self.of("disk")), default=0) * self.ring_slots
+        return ring + sum(self.buffer_bytes[layer] for layer in self.of("host"))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that a pass reads from disk."""
+        return sum(self.buffer_bytes[layer] for layer in self.of("disk"))
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that a pass moves to each device."""
+        return sum(self.layer_bytes[layer] for layer in self.paged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What bounds a pass over all layers.
+
+    Attributes:
+        link_ms: moving the paged layers to each device, in ms; None where the rate is not known.
+        disk_ms: reading those on disk.
+        compute_ms: a decode step of the plan's slots if every layer were there.
+        by: the slowest of them: ``link``, ``disk`` or ``compute``; None where a rate is missing.
+        hidden_from: tokens a pass from which compute takes as long as link and disk; None where a rate is missing.
+    """
+
+    link_ms: float | None
+    disk_ms: float | None
+    compute_ms: float | None
+    by: str | None
+    hidden_from: int | None
+
+    @property
+    def fetch_ms(self) -> float | None:
+        """The least time in which all paged layers come."""
+        return None if self.link_ms is None or self.disk_ms is None else max(self.link_ms, self.disk_ms)
+
+    @property
+    def step_ms(self) -> float | None:
+        """The least time of a decode step."""
+        return None if self.fetch_ms is None else max(self.fetch_ms, self.compute_ms or 0.0)
+
+
+def layer_packings(
+    parameters: Mapping[str, ParameterInfo], count: int, rules: ShardingRules, mesh: Mapping[str, int]
+) -> list[Packing]:
+    """The layout of every layer's buffer."""
+    own: list[dict[str, ParameterInfo]] = [{} for _ in range(count)]
+    for path, info in parameters.items():
+        if path.startswith("layers."):
+            _, index, name = path.split(".", 2)
+            own[int(index)][name] = info
+    return [Packing.of(infos, rules, mesh) for infos in own]
+
+
+def pass_tokens(tiers: Tiers, hidden: int, dtype: str) -> int:
+    """Prompt tokens of a pass where nobody says: their hidden states take a tenth of a device's memory at most."""
+    if tiers.device_memory is None:
+        return PASS_TOKENS
+    room = tiers.device_memory // (10 * hidden * jnp.dtype(dtype).itemsize)
+    return max(64, min(PASS_TOKENS, 1 << max(room, 1).bit_length() - 1))
+
+
+def check_offload(offload: str | None, device_memory: int | None, host_memory: int | None) -> None:
+    """Refuse what is no way to offload.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if offload is not None and offload not in OFFLOADS:
+        raise ConfigError(f"offload: expected None or one of {', '.join(OFFLOADS)}, got {offload!r}")
+    if offload is None and host_memory is not None:
+        raise ConfigError("host_memory: only with offload, which says what goes there")
+
+
+def unassigned(plan: Plan, offload: str, device_memory: int | None, host_memory: int | None) -> Tiers:
+    """Tiers of a plan with every layer on disk, to begin with."""
+    count = plan.spec.num_layers
+    packings = layer_packings(plan.parameters, count, plan.rules, plan.mesh)
+    on_disk: tuple[Tier, ...] = tuple("disk" for _ in range(count))
+    return Tiers(
+        offload=offload,
+        layers=on_disk,
+        layer_bytes=tuple(packing.moved_bytes for packing in packings),
+        buffer_bytes=tuple(packing.nbytes * packing.parts for packing in packings),
+        ring=RING_SLOTS,
+        micro_tokens=MICRO_TOKENS,
+        device_memory=device_memory,
+        host_memory=host_memory,
+    )
+
+
+def assign(
+    build: Callable[[int, Tiers], Plan],
+    first: Tiers,
+    *,
+    wanted: int,
+    given: bool,
+    on_disk: bool,
+    must_fit: bool,
+) -> Plan:
+    """Decide where each layer lives, and how many KV blocks there are.
+
+    The cache comes first: each block lets a transferred layer serve more tokens, while a layer that stays saves its
+    own transfer only.
+
+    Args:
+        build: makes a plan of a number of KV blocks and tiers.
+        first: tiers with every layer on disk.
+        wanted: KV blocks of each data shard that are of use.
+        given: whether ``wanted`` is what the caller asked for, not to be reduced.
+        on_disk: whether the checkpoint is a store, from which layers can be read.
+        must_fit: otherwise what does not fit is planned all the same.
+
+    Raises:
+        CapacityError: device or host memory is too small.
+        ConfigError: layers would have to be read from disk, and the checkpoint is not a store.
+    """
+    count, cap = len(first.layers), first.device_memory
+    plan = build(2, first)
+    while cap is not None and first.micro_tokens > 64 and plan.workspace_bytes_per_device > cap // 4:
+        first = dataclasses.replace(first, micro_tokens=first.micro_tokens // 2)
+        plan = build(2, first)
+    fixed = plan.total_bytes_per_device - plan.cache_bytes_per_device
+    blocks, resident = wanted, 0
+    if cap is not None:
+        blocks = min(wanted, (cap - fixed) // plan.block_bytes_per_device)
+        if blocks < (wanted if given else 2):
+            if must_fit:
+                least = wanted if given else 2
+                raise CapacityError(
+                    f"device memory: paging needs {size(fixed + plan.block_bytes_per_device * least)} at least "
+                    f"({first.slots} layers of {size(max(first.layer_bytes))}, embedding and head of "
+                    f"{size(plan.weight_bytes_per_device - first.device_bytes)}, workspace of "
+                    f"{size(plan.workspace_bytes_per_device)}, {least} KV blocks of "
+                    f"{size(plan.block_bytes_per_device)}), got {size(cap)}"
+                )
+            blocks = wanted if given else 2
+        if first.offload == "auto":
+            left = cap - fixed - blocks * plan.block_bytes_per_device
+            resident = max(0, min(count, left // max(first.layer_bytes)))
+    # Spread evenly, so that the transfers of the others have time between them.
+    stays = [(i + 1) * resident // count > i * resident // count for i in range(count)]
+    others = [i for i in range(count) if not stays[i]]
+    in_host = len(others)
+    if first.offload == "disk":
+        in_host = 0
+    elif first.host_memory is not None:
+        in_host = 0
+        room = first.host_memory
+        while in_host < len(others) and room >= first.buffer_bytes[others[in_host]]:
+            room -= first.buffer_bytes[others[in_host]]
+            in_host += 1
+        if in_host < len(others) and first.offload == "auto":
+            ring = max(first.buffer_bytes) * first.ring
+            while in_host and room < ring:
+                in_host -= 1
+                room += first.buffer_bytes[others[in_host]]
+    if in_host < len(others) and first.offload == "host" and must_fit:
+        needed = sum(first.buffer_bytes[i] for i in others)
+        raise CapacityError(
+            f"host memory: {len(others)} layers need {size(needed)}, got {size(first.host_memory or 0)}; "
+            "offload='auto' keeps the rest on disk"
+        )
+    if in_host < len(others) and first.offload != "host" and not on_disk:
+        raise ConfigError(
+            f"offload={first.offload!r}: {len(others) - in_host} layers would be read from disk at every step, which "
+            "needs a store: make one with `jaxinfer convert MODEL STORE`"
+        )
+    hosted = set(others if first.offload == "host" else others[:in_host])
+    layers: list[Tier] = ["device" if stays[i] else "host" if i in hosted else "disk" for i in range(count)]
+    found = build(blocks, dataclasses.replace(first, layers=tuple(layers)))
+    assert found.tiers is not None
+    if must_fit and first.host_memory is not None and found.tiers.host_bytes > first.host_memory:
+        raise CapacityError(
+            f"host memory: {found.tiers.ring_slots} buffers, through which layers come from disk, need "
+            f"{size(found.tiers.host_bytes)}, got {size(first.host_memory)}"
+        )
+    return found
+
+
+def bounds(plan: Plan) -> Bounds:
+    """What bounds a pass of a plan with tiers."""
+    tiers, hardware = plan.tiers, plan.hardware
+    assert tiers is not None
+    context = min(512, plan.max_model_len)
+    compute = None if hardware.bandwidth is None else 1e3 * plan.step_bytes(plan.slots, context) / hardware.bandwidth
+    link = None if hardware.link is None else 1e3 * tiers.moved_bytes / hardware.link
+    disk = 0.0 if not tiers.disk_bytes else None if tiers.disk is None else 1e3 * tiers.disk_bytes / tiers.disk
+    times = {"link": link, "disk": disk, "compute": compute}
+    known = {name: ms for name, ms in times.items() if ms is not None}
+    # On a CPU compute has no known rate, and the link is what paging is bound by.
+    by = max(known, key=lambda name: known[name]) if link is not None and disk is not None else None
+    tokens = None
+    if link is not None and disk is not None and hardware.matmul is not None:
+        tokens = int(max(link, disk) / 1e3 * hardware.matmul / plan.prefill_flops(1, 1))
+    return Bounds(link_ms=link, disk_ms=disk, compute_ms=compute, by=by, hidden_from=tokens)
+
+
+def at_least(plan: Plan, ms: float | None) -> float | None:
+    """A time in ms, or that in which paged layers come, whichever is longer; None where either is not known."""
+    if plan.tiers is None or ms is None:
+        return ms
+    fetch = bounds(plan).fetch_ms
+    return None if fetch is None else max(ms, fetch)
+
+
+def rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """The lines of a plan that tell of its tiers, as (what, each device, in all)."""
+    tiers = plan.tiers
+    if tiers is None:
+        return [("host", "0 B", "nothing is paged"), ("disk", "0 B", "nothing is paged")]
+    found = bounds(plan)
+    counts = {tier: len(tiers.of(tier)) for tier in ("device", "host", "disk")}
+
+    def rate(bytes_per_second: float | None) -> str:
+        return "unknown" if bytes_per_second is None else f"{bytes_per_second / 1e9:.3g} GB/s"
+
+    times = {"link": found.link_ms, "disk": found.disk_ms if tiers.disk_bytes else None}
+    shown = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items() if ms is not None)
+    return [
+        ("layers", f"{counts['device']} stay, {counts['host']} in host memory, {counts['disk']} on disk", ""),
+        ("slots for paged layers", f"{min(tiers.slots, len(tiers.paged))}", size(max(tiers.layer_bytes)) + " each"),
+        ("host", size(tiers.host_bytes), f"{tiers.ring_slots} buffers for disk" if tiers.ring_slots else ""),
+        ("disk", size(tiers.disk_bytes), "read at every pass" if tiers.disk_bytes else ""),
+        ("link, disk", f"{rate(plan.hardware.link)}, {rate(tiers.disk)}", shown and f"a pass: {shown}"),
+        ("bound by", found.by or "unknown", "" if found.step_ms is None else f"{found.step_ms:.3g} ms a decode step"),
+        (
+            "compute hides transfers from",
+            "unknown" if found.hidden_from is None else f"{found.hidden_from:,} tokens a pass",
+            f"a pass takes {plan.prefill_tokens:,} prompt tokens a shard",
+        ),
+    ]
+
+
+def elsewhere(plan: Plan) -> dict[str, int]:
+    """Bytes that a plan has off the devices, by tier."""
+    tiers = plan.tiers
+    return {"host": 0 if tiers is None else tiers.host_bytes, "disk": 0 if tiers is None else tiers.disk_bytes}
+
+
+def to_dict(plan: Plan) -> dict[str, Any] | None:
+    """The tiers of a plan as JSON-able values; None where nothing is paged."""
+    tiers = plan.tiers
+    if tiers is None:
+        return None
+    found = bounds(plan)
+    return {
+        "offload": tiers.offload,
+        "layers": {tier: tiers.of(tier) for tier in ("device", "host", "disk")},
+        "layer_bytes": max(tiers.layer_bytes),
+        "slots": tiers.slots,
+        "ring": tiers.ring_slots,
+        "moved_bytes": tiers.moved_bytes,
+        "host_bytes": tiers.host_bytes,
+        "disk_bytes": tiers.disk_bytes,
+        "link_bytes_per_second": plan.hardware.link,
+        "disk_bytes_per_second": tiers.disk,
+        "micro_tokens": tiers.micro_tokens,
+        "bounds": dataclasses.asdict(found) | {"step_ms": found.step_ms},
+    }

@@ -1,0 +1,173 @@
+"""Where layers are put, against what is counted by hand; and what that bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import jaxinfer
+from jaxinfer.errors import CapacityError, ConfigError
+from jaxinfer.hardware import KNOWN, Hardware
+from jaxinfer.models.families import load_spec
+from jaxinfer.paging.tiers import Tiers, bounds, layer_packings
+from jaxinfer.plan import USABLE, make_plan
+from tests.cases import case
+from tests.oracle import checkpoint, shared_root
+
+DEVICE = Hardware(kind="GPU", memory=1 << 40, bandwidth=4e12, matmul=8e14, link=5e10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint(case("gemma2-plain"), shared_root(tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def spec(folder):
+    return load_spec(folder)
+
+
+def planned(spec, offload, **options):
+    return make_plan(spec, {"tensor": 1}, "float32", DEVICE, max_batch=4, offload=offload, **options)
+
+
+def test_bytes_are_those_of_the_parameters(spec):
+    plan = planned(spec, "host")
+    tiers = plan.tiers
+    own = [
+        sum(info.nbytes for path, info in plan.parameters.items() if path.startswith(f"layers.{layer}."))
+        for layer in range(4)
+    ]
+    ends = sum(info.nbytes for path, info in plan.parameters.items() if not path.startswith("layers."))
+    for got, expected in zip(tiers.layer_bytes, own, strict=True):
+        assert expected <= got <= expected + 64 * 12  # each small one begins at a multiple of 64
+    assert tiers.layers == ("host",) * 4
+    assert tiers.device_bytes == 2 * max(tiers.layer_bytes)
+    assert plan.weight_bytes_per_device == ends + tiers.device_bytes
+    assert tiers.host_bytes == sum(tiers.buffer_bytes)
+    assert tiers.moved_bytes == sum(tiers.layer_bytes)
+    assert (tiers.disk_bytes, tiers.ring_slots) == (0, 0)
+
+
+def test_parts_of_several_devices_add_up_on_the_host(spec):
+    one, two = (make_plan(spec, {"tensor": n}, "float32", DEVICE, offload="disk") for n in (1, 2))
+    assert max(two.tiers.layer_bytes) < 0.6 * max(one.tiers.layer_bytes)
+    assert two.tiers.disk_bytes >= one.tiers.disk_bytes
+    assert two.tiers.ring_slots == 4
+    assert two.tiers.host_bytes == 4 * max(two.tiers.buffer_bytes)
+
+
+@given(st.integers(1, 60), st.integers(0, 12))
+def test_auto_keeps_within_both_memories(spec, device, host):
+    whole = planned(spec, "host", kv_blocks=8, prefill_tokens=128)
+    layer, buffer = max(whole.tiers.layer_bytes), max(whole.tiers.buffer_bytes)
+    cap, room = device * layer, max(1, host * buffer)
+    try:
+        plan = planned(spec, "auto", kv_blocks=8, prefill_tokens=128, device_memory=cap, host_memory=room)
+    except CapacityError:
+        with pytest.raises(CapacityError):  # what is asked for least does not fit either
+            planned(spec, "disk", kv_blocks=8, prefill_tokens=128, device_memory=cap, host_memory=room)
+        return
+    assert plan.total_bytes_per_device <= cap
+    assert plan.fits
+    assume(plan.tiers is not None)
+    assert plan.tiers.host_bytes <= room
+    kept = len(plan.tiers.of("device"))
+    if kept < 4:  # one more would not have fitted
+        assert plan.total_bytes_per_device + layer > cap or plan.tiers.device_bytes == 4 * layer
+    if plan.tiers.of("disk"):
+        assert plan.tiers.host_bytes + buffer > room or plan.tiers.ring_slots > 0
+
+
+def test_what_stays_is_spread(spec):
+    plan = planned(spec, "host", kv_blocks=8, prefill_tokens=128)
+    layer, needed = max(plan.tiers.layer_bytes), plan.total_bytes_per_device
+    found = set()
+    for cap in range(needed // 4, needed, layer // 2):
+        try:
+            tiers = planned(spec, "auto", kv_blocks=8, prefill_tokens=128, device_memory=cap).tiers
+        except CapacityError:
+            continue
+        if tiers is not None:
+            found.add("".join(tier[0] for tier in tiers.layers))
+    assert {"hhhh", "hhhd", "hdhd", "hddd"} <= found
+
+
+def test_too_little_memory_is_said_in_numbers(spec):
+    with pytest.raises(CapacityError, match=r"device memory: paging needs .* at least \(2 layers of .*got 1\.00 KB"):
+        planned(spec, "disk", device_memory=1000)
+    with pytest.raises(CapacityError, match=r"host memory: 4 layers need .*offload='auto' keeps the rest on disk"):
+        planned(spec, "host", host_memory="1KB")
+    with pytest.raises(CapacityError, match="4 buffers, through which layers come from disk, need"):
+        planned(spec, "disk", host_memory="1KB")
+    with pytest.raises(ConfigError, match="jaxinfer convert"):
+        planned(spec, "disk", on_disk=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload": "gpu"}, "offload: expected None or one of host, disk, auto, got 'gpu'"),
+        ({"offload": None, "host_memory": 5}, "host_memory: only with offload"),
+        ({"offload": "host", "device_memory": "lots"}, "device_memory: expected bytes"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(spec, options, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(spec, **options)
+
+
+def test_the_slowest_link_bounds_a_step(spec):
+    plan = planned(spec, "disk", prefill_tokens=128)
+    tiers = dataclasses.replace(plan.tiers, disk=1e9)
+    slow = dataclasses.replace(plan, tiers=tiers)
+    found = bounds(slow)
+    assert found.by == "disk"
+    assert found.disk_ms == pytest.approx(1e3 * tiers.disk_bytes / 1e9)
+    assert found.link_ms == pytest.approx(1e3 * tiers.moved_bytes / 5e10)
+    assert found.step_ms == found.disk_ms == slow.step_milliseconds(1, 64)
+    flops = slow.prefill_flops(1, 1)
+    assert found.hidden_from * flops / 8e14 == pytest.approx(found.disk_ms / 1e3, rel=1e-3)
+    assert bounds(plan).by is None  # the disk's rate is not known
+    fast = dataclasses.replace(plan, tiers=dataclasses.replace(plan.tiers, disk=1e13))
+    assert bounds(fast).by == "link"
+
+
+def test_a_paged_plan_is_shown_and_written(folder):
+    plan = jaxinfer.plan(folder, offload="host", device="H200", host_memory="1GB")
+    text = str(plan)
+    assert "0 stay, 4 in host memory, 0 on disk" in text
+    assert "53 GB/s" in text
+    assert "ms a decode step" in text
+    written = json.loads(json.dumps(plan.to_dict()))
+    assert written["paging"]["layers"] == {"device": [], "host": [0, 1, 2, 3], "disk": []}
+    assert written["tiers"]["host"] == plan.tiers.host_bytes
+    assert written["paging"]["bounds"]["by"] == "link"
+
+
+def test_passes_are_long_and_steps_short_where_layers_are_paged(spec):
+    paged, plain = planned(spec, "host"), planned(spec, None)
+    assert (plain.decode_chunk, plain.prefill_tokens, plain.micro_tokens) == (16, 2048, 2048)
+    assert (paged.decode_chunk, paged.prefill_tokens, paged.micro_tokens) == (1, 32768, 2048)
+    assert paged.prefill_chunk == min(32768, paged.max_model_len)
+    small = planned(spec, "host", device_memory="6MB")
+    assert small.prefill_tokens * spec.hidden * 4 <= 600_000
+    assert small.total_bytes_per_device <= 6_000_000
+
+
+def test_every_layer_has_its_parameters_in_the_order_of_the_leaves(spec):
+    plan = planned(spec, "host")
+    packings = layer_packings(plan.parameters, 4, plan.rules, plan.mesh)
+    for layer, packing in enumerate(packings):
+        names = [path.split(".", 2)[2] for path in plan.parameters if path.startswith(f"layers.{layer}.")]
+        assert [leaf.name for leaf in packing.leaves] == names
+
+
+def test_the_default_of_a_device_is_what_it_can_use(spec):
+    assert planned(spec, "host").tiers.device_memory == int(DEVICE.memory * USABLE)
+    assert KNOWN["H200"].link == 5.3e10
+    assert Tiers(offload="host", layers=("device",), layer_bytes=(5,), buffer_bytes=(6,)).device_bytes == 5

@@ -1,0 +1,28 @@
+"""The layers that an H200 would run when they are paged: the resident step's kernels, and no copy of a weight."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import aot, paged_steps
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, paged_steps.Compiled]:
+    why = aot.missing()
+    if why:
+        pytest.skip(why)
+    return paged_steps.compile_layers(list(paged_steps.CASES))
+
+
+@pytest.mark.parametrize("name", paged_steps.CASES)
+def test_decode_has_the_kernels_of_a_resident_layer(name, compiled):
+    assert compiled[name].decode == {"skinny_gemm": 4, "decode_attention_kernel": 1}
+
+
+@pytest.mark.parametrize("name", paged_steps.CASES)
+def test_what_travelled_is_used_where_it_lies(name, compiled):
+    """Packed bytes and bytes of two values become weights without a copy."""
+    found = compiled[name]
+    assert found.temporary[0] < found.layer // 50
+    assert all(aliased >= found.cache for aliased in found.aliased)
