@@ -356,7 +356,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(folder):
     arguments = ["chat", "-m", folder, *ONE, "-t", "0", "--ignore-eos", "--no-progress"]
     started = subprocess.Popen(
         [sys.executable, "-m", "jaxinfer", *arguments],
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "dumb"},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env=os.environ | {"TERM": "dumb", "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
     os.close(theirs)
     seen = ""
@@ -365,7 +366,10 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(folder):
         nonlocal seen
         deadline = time.monotonic() + 100
         while not (found := re.compile(pattern, re.DOTALL).search(seen, start)):
-            assert time.monotonic() < deadline, seen
+            if time.monotonic() > deadline:
+                started.send_signal(signal.SIGABRT)  # says where every thread is
+                time.sleep(1)
+                pytest.fail(f"no {pattern!r} in {seen + os.read(mine, 1 << 16).decode()}")
             if press:
                 started.send_signal(signal.SIGINT)
             if select.select([mine], [], [], 1)[0]:
