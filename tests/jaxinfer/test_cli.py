@@ -354,8 +354,13 @@ def test_a_broken_pipe_is_quiet(folder):
 def test_ctrl_c_ends_an_answer_and_not_the_chat(folder):
     mine, theirs = pty.openpty()
     arguments = ["chat", "-m", folder, *ONE, "-t", "0", "--ignore-eos", "--no-progress"]
+    # Where the tests run in the background, Ctrl-C is ignored, and a program would inherit that.
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "runpy.run_module('jaxinfer', run_name='__main__', alter_sys=True)"
+    )
     started = subprocess.Popen(
-        [sys.executable, "-m", "jaxinfer", *arguments],
+        [sys.executable, "-c", program, *arguments],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env=os.environ | {"TERM": "dumb", "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
