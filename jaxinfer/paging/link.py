@@ -109,6 +109,10 @@ class Link:
         self._queue.put(finish)
         return ticket
 
+    def forget(self) -> None:
+        """Keep no hold of buffers that were sent from; those that are sent again are remembered again."""
+        self._known.clear()
+
     def close(self) -> None:
         """Wait for what is on its way."""
         if self._thread.is_alive():

@@ -96,6 +96,7 @@ def open_pager(pretrained: Pretrained, plan: Plan, mesh: Mesh, *, progress: bool
                     ticket = link.send(layer, packing, parts)
                     resident[layer] = ticket.arrays()
                     ticket.landed.wait()
+                    link.forget()  # or its views would keep the host's memory
                     del parts
                     buffers.pop().close()
                 bar.update(tiers.buffer_bytes[layer])

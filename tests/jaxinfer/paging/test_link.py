@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +92,25 @@ def test_a_transfer_that_fails_says_so_and_the_next_one_works(mesh, packing, mon
     assert ticket.landed.wait(10)
     assert len(link.send(0, packing, filled(packing, 1)).arrays()) == 2
     link.close()
+    link.close()
+
+
+def test_a_buffer_that_is_forgotten_is_nobodys(mesh, packing, monkeypatch):
+    link = Link(mesh, Timeline())
+    put = link._put
+    # As on an accelerator, where a transfer is issued at once and its views are remembered for the next time.
+    monkeypatch.setattr(link, "_copies", False)
+    monkeypatch.setattr(link, "_put", lambda layout, parts: put(layout, [[a.copy() for a in part] for part in parts]))
+    buffers = filled(packing, 1)
+    held = [weakref.ref(buffer) for buffer in buffers]
+    assert link.send(0, packing, buffers).landed.wait(10)
+    del buffers
+    assert all(buffer() is not None for buffer in held)
+    link.forget()
+    deadline = time.monotonic() + 10  # the thread lets go of what it was given a moment after
+    while any(buffer() is not None for buffer in held) and time.monotonic() < deadline:
+        gc.collect()
+    assert all(buffer() is None for buffer in held)
     link.close()
 
 
