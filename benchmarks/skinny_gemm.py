@@ -221,8 +221,9 @@ def exact(shape: Shape, weight: jax.Array, given: Operands) -> jax.Array:
 
 
 def widened(tree: Any) -> Any:
-    """Floating-point arrays as float32."""
-    return jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+    """Floating-point arrays as float32, but for quantized weights."""
+    wide = (jnp.bfloat16, jnp.float16)
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype in wide else a, tree)
 
 
 def error(got: jax.Array, wanted: jax.Array) -> float:

@@ -50,6 +50,9 @@ class Bias:
         return lax.reduce_precision(slopes[:, :, None, None] * keys, 8, 7)
 
 
+jax.tree_util.register_dataclass(Bias, data_fields=["slopes"], meta_fields=["scaled", "bfloat16"])
+
+
 def write_blocks(blocks: jax.Array, values: jax.Array, tables: jax.Array, positions: jax.Array) -> jax.Array:
     """Write new keys (or values) into their blocks.
 

@@ -82,6 +82,8 @@ def _narrow_transforms() -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(SLICE)  # type: ignore[abstract]
 
 
+# Jitted, so that the layers of a model trace, lower and compile one kernel, not one each.
+@functools.partial(jax.jit, static_argnames=("config", "scale", "softcap", "window"))
 def split_attention(
     query: jax.Array,
     key_blocks: jax.Array,

@@ -144,6 +144,8 @@ def _rem(a: Any, b: int) -> Any:
     return lax.rem(a, jnp.int32(b))
 
 
+# Jitted, so that the layers of a model trace, lower and compile one kernel, not one each.
+@functools.partial(jax.jit, static_argnames=("config", "scale", "softcap", "window"))
 def tiled_attention(
     query: jax.Array,
     key_blocks: jax.Array,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -28,6 +29,8 @@ def _tiled(columns: int, dtype: Any, divides: int = 64) -> tuple[Any, ...]:
     return (tiling,) if wide == 16 else (tiling, plgpu.SwizzleTransform(wide))  # type: ignore[abstract]
 
 
+# Jitted, so that the layers of a model trace, lower and compile one kernel, not one each.
+@functools.partial(jax.jit, static_argnames=("activation", "tuning", "interpret"))
 def run(
     x: jax.Array,
     weight: jax.Array,
