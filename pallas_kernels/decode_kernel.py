@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import BLOCK_SIZE, Bias
+from pallas_kernels.decode_config import DecodeConfig, block_range, cdiv, columns_of
 
 LOG2E = math.log2(math.e)
 SLICE = 64
@@ -33,56 +33,6 @@ REDUCTION_BYTES = 2048
 """Shared memory of a reduction across warps."""
 NEVER = -1e30
 """Score of a hidden key, and the maximum before the first key: finite, and exp2 of it is 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """How the kernel divides its work.
-
-    Attributes:
-        splits: programs that share the blocks of one sequence and head.
-        stages: blocks of keys, and as many of values, in flight in each program.
-        consumers: warpgroups of a program that compute, each on blocks of its own; they divide ``stages``.
-        fused: the splits, 2 to 8, are a cluster whose first program is sent what the others found, over distributed
-            shared memory, and puts it together; no second kernel. Interpret mode cannot run it.
-        overlap: let the kernel behind this one start at once, where it may fetch what does not depend on this one, and
-            start itself while the kernel before is still running; it waits for that one before it reads anything.
-            Interpret mode cannot run it.
-        ahead: with ``overlap``, wait only before what belongs to the newest token is read, its block and the query.
-            Lengths, tables and all blocks before must then have been written before the kernel before this one began.
-    """
-
-    splits: int
-    stages: int
-    consumers: int = 1
-    fused: bool = False
-    overlap: bool = False
-    ahead: bool = False
-
-
-def columns_of(heads_per_key: int) -> int:
-    """Columns of wgmma that the query heads of a key head take."""
-    return -(-heads_per_key // 8) * 8
-
-
-def _cdiv(a: Any, b: int) -> Any:
-    return lax.div(a + (b - 1), jnp.int32(b))
-
-
-def block_range(lengths: Any, *, width: int, window: int | None) -> tuple[Any, Any]:
-    """First block that is read, and the block after the last, for sequences of these lengths.
-
-    The kernel and the combination of its splits both ask here, so that they agree on which splits there are: split
-    ``s`` of ``S`` takes blocks ``first + s``, ``first + s + S`` and so on. Without a window none of them depends on the
-    length, which the table's first entries then need not wait for.
-    """
-    last = jnp.minimum(_cdiv(lengths, BLOCK_SIZE), width)
-    first: Any = 0  # not an array: Mosaic cannot capture a scalar that it finds to be constant
-    if window is not None:
-        # Compared before subtracted: a window may be as large as int32 goes.
-        first = lax.div(jnp.maximum(lengths - min(window, width * BLOCK_SIZE), 0), jnp.int32(BLOCK_SIZE))
-        first = jnp.minimum(first, last)
-    return first, last
 
 
 def _transforms(columns: int) -> tuple[Any, ...]:
@@ -177,7 +127,7 @@ def split_attention(
         length = jnp.minimum(lengths_gmem[sequence], width * BLOCK_SIZE)
         first, last = block_range(length, width=width, window=window)
         start = first + split
-        count = _cdiv(jnp.maximum(last - start, 0), splits)
+        count = cdiv(jnp.maximum(last - start, 0), splits)
 
         def block_at(index: Any) -> Any:
             # In bounds whatever the table says, as in the reference.
@@ -365,7 +315,7 @@ def split_attention(
             maximum = plgpu.layout_cast(jnp.full((columns,), NEVER, jnp.float32), layout.reduce(0))
             total = plgpu.layout_cast(jnp.zeros(scores_shape, jnp.float32), layout)
             plgpu.barrier_wait(query_ready)
-            own = _cdiv(jnp.maximum(count - warpgroup, 0), consumers) if consumers > 1 else count
+            own = cdiv(jnp.maximum(count - warpgroup, 0), consumers) if consumers > 1 else count
             outs, maximum, total = lax.fori_loop(0, own, step, (zeros, maximum, total))
             total = total.sum(axis=0)
             if consumers == 1:
@@ -463,7 +413,8 @@ def split_attention(
                 if size != dim:
                     target = target.at[:, pl.ds(offset, size)]
                 plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, heads)], target)
-                plgpu.wait_smem_to_gmem(0)  # each before the next: two parts overlap
+                # Each before the next, since two parts overlap; the last need only have left shared memory.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=offset + size == dim)
 
         def work() -> None:
             consume_from(1)

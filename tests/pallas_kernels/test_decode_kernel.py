@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import BLOCK_SIZE
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_kernel import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from tests import aot
 from tests.decode_oracle import arguments, naive, narrowed, noise, poisoned
 from tests.pallas_kernels import decode_attention_cases
@@ -114,7 +114,7 @@ def interpret() -> None:
             check(
                 shape=(batch, width), groups=groups, dim=dim, dtype=dtype, run=jitted, query=query, theirs=theirs, kv=kv
             )  # fmt: skip
-        print(f"{batch=} {groups=} {heads=} {dim=} {width=} {splits=} {stages=} {consumers=} {options}: right", flush=True)
+        print(f"{batch=} {groups=} {heads=} {dim=} {width=} {config} {options}: right", flush=True)
 
 
 if __name__ == "__main__":
