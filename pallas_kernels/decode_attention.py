@@ -98,7 +98,10 @@ def decode_attention(
         scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
         key_scales=key_scales, value_scales=value_scales,
     )  # fmt: skip
-    return splits if isinstance(splits, jax.Array) else _combine(*splits, sinks, query.dtype)
+    if isinstance(splits, jax.Array):
+        return splits
+    outs, maxima, sums, active = splits
+    return _combine(outs, maxima, sums, active, sinks, query.dtype)
 
 
 def _check(

@@ -18,7 +18,9 @@ from tests.decode_oracle import arguments
 SHAPES: dict[str, tuple[int, int, int, int, int, DecodeConfig | None, dict[str, Any], Any]] = {
     "llama-7b batch 1": (1, 32, 1, 128, 9, None, {}, jnp.bfloat16),
     "two consumers": (1, 32, 1, 128, 9, DecodeConfig(splits=1, stages=6, consumers=2, overlap=True), {}, jnp.bfloat16),
-    "three consumers": (1, 32, 1, 128, 9, DecodeConfig(splits=1, stages=6, consumers=3, overlap=True), {}, jnp.bfloat16),
+    "three consumers": (
+        1, 32, 1, 128, 9, DecodeConfig(splits=1, stages=6, consumers=3, overlap=True), {}, jnp.bfloat16,
+    ),
     "two consumers, grouped, ahead": (
         4, 8, 8, 128, 64, DecodeConfig(splits=2, stages=4, consumers=2, overlap=True, ahead=True),
         {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
@@ -37,15 +39,19 @@ SHAPES: dict[str, tuple[int, int, int, int, int, DecodeConfig | None, dict[str, 
     "llama-7b batch 16": (16, 32, 1, 128, 9, None, {}, jnp.bfloat16),
     "grouped, 4096 tokens": (32, 8, 4, 128, 64, None, {}, jnp.bfloat16),
     "grouped, capped window and sinks": (
-        4, 8, 8, 128, 64, DecodeConfig(splits=4, stages=3), {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
+        4, 8, 8, 128, 64, DecodeConfig(splits=4, stages=3),
+        {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
     ),
-    "float16 and ALiBi": (4, 32, 1, 128, 16, DecodeConfig(splits=2, stages=3), {"slopes": True, "scaled": True}, jnp.float16),
+    "float16 and ALiBi": (
+        4, 32, 1, 128, 16, DecodeConfig(splits=2, stages=3), {"slopes": True, "scaled": True}, jnp.float16,
+    ),
     "multi-query, 71 heads of 64": (2, 1, 71, 64, 16, None, {}, jnp.bfloat16),
     "heads of 80": (2, 32, 1, 80, 16, None, {}, jnp.bfloat16),
     "heads of 96": (2, 32, 1, 96, 16, None, {"window": 2047}, jnp.bfloat16),
     "int8, llama-7b batch 16": (16, 32, 1, 128, 9, None, {"kv": jnp.int8}, jnp.bfloat16),
     "int8, grouped, capped window and sinks": (
-        4, 8, 8, 128, 64, DecodeConfig(splits=4, stages=3), {"window": 1024, "softcap": 50.0, "sinks": True, "kv": jnp.int8}, jnp.bfloat16,
+        4, 8, 8, 128, 64, DecodeConfig(splits=4, stages=3),
+        {"window": 1024, "softcap": 50.0, "sinks": True, "kv": jnp.int8}, jnp.bfloat16,
     ),
     "fp8, grouped, 4096 tokens": (32, 8, 4, 128, 64, None, {"kv": jnp.float8_e4m3fn}, jnp.bfloat16),
     "fp8, float16": (4, 8, 4, 64, 64, None, {"kv": jnp.float8_e4m3fn}, jnp.float16),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import BLOCK_SIZE, Device, compiling_for
+from pallas_kernels import Device, compiling_for
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_config import DecodeConfig
 from tests.decode_oracle import arguments, naive, narrowed, noise, poisoned
