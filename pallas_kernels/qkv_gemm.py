@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import BLOCK_SIZE, write_cache
-from pallas_kernels.choices import FUSED_NORMS, qkv_problem
+from pallas_kernels.choices import FUSED_NORMS
 from pallas_kernels.skinny_gemm import (
+    DTYPES,
     MAX_ROWS,
     QUANTIZED,
     SMEM_PER_SM,
@@ -235,22 +236,24 @@ def _check(
 
 def _check_mosaic(x: jax.Array, weight: jax.Array, cache: tuple[jax.Array, jax.Array], rotary: Rotary | None) -> None:
     """Whether the kernel can run the operands."""
-    rows = x.shape[0] * x.shape[1]
-    problem = qkv_problem(
-        x.dtype, weight.dtype, cache[0].dtype, inputs=x.shape[2], head_dim=weight.shape[2],
-        rotary=None if rotary is None else "halves",
-    )  # fmt: skip
-    if cache[0].dtype != cache[1].dtype:
-        problem = f"keys of {cache[0].dtype} with values of {cache[1].dtype}"
-    if not 1 <= rows <= MAX_ROWS:
-        problem = f"{rows} rows"
-    if not cache[0].size:
-        problem = f"blocks {cache[0].shape}"
-    if problem is not None:
+    runs = (
+        f"it runs 1 to {MAX_ROWS} tokens, K a multiple of 16, heads of a multiple of 64 entries, of 128 where they are "
+        "rotated, x and blocks of bfloat16 or float16, and a weight of the same dtype, int8, int4 or float8_e4m3fn"
+    )
+    dtypes = [array.dtype for array in cache]
+    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, *QUANTIZED) or dtypes != [x.dtype] * 2:
         raise ValueError(
-            f"qkv_gemm: implementation 'mosaic' cannot run {problem}: it runs 1 to {MAX_ROWS} rows, K a multiple of "
-            "16, heads of a multiple of 64 entries, of 128 where they are rotated, x and blocks of bfloat16 or "
-            "float16, and a weight of the same dtype, int8, int4 or float8_e4m3fn"
+            f"qkv_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype} and blocks "
+            f"of {dtypes[0]} and {dtypes[1]}: {runs}"
+        )
+    (batch, tokens, k), dim = x.shape, weight.shape[2]
+    halves = 1 if rotary is None else 2
+    sizes = 1 <= batch * tokens <= MAX_ROWS and k > 0 and k % 16 == 0 and dim > 0 and dim % (64 * halves) == 0
+    if not sizes or not weight.size or not cache[0].size:
+        turned = "" if rotary is None else ", rotated,"
+        raise ValueError(
+            f"qkv_gemm: implementation 'mosaic' cannot run x {x.shape} with weight {weight.shape}{turned} and blocks "
+            f"{cache[0].shape}: {runs}"
         )
 
 

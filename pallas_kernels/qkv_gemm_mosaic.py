@@ -47,8 +47,9 @@ def run(
     if rotary is not None:
         rotary = tuple(jnp.pad(angle, ((0, tokens - m), (0, 0))).T for angle in rotary)  # type: ignore[assignment]
     slots = jnp.pad(slots, (0, tokens - m), constant_values=-1)
-    if weight_scale is not None and weight_scale.ndim == 4:
-        weight_scale = weight_scale.reshape(-1, groups * heads, dim)
+    if weight_scale is not None:
+        grouped = weight_scale.ndim == 4
+        weight_scale = weight_scale.reshape((-1, groups * heads, dim) if grouped else (-1,))
     # References that the kernel closes over are aliased: what it does not write is left as it is.
     key_blocks, value_blocks = jax.new_ref(keys), jax.new_ref(values)
     own = Heads(
