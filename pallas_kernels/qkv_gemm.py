@@ -205,7 +205,7 @@ def _check(
     expected: dict[str, tuple[Any, tuple[int, ...]]] = {
         "key blocks": (cache[0], blocks),
         "value blocks": (cache[1], blocks),
-        "tables": (tables, (batch, *tables.shape[1:2])),
+        "tables": (tables, (batch, tables.shape[-1])),
         "positions": (positions, (batch, tokens)),
         "bias": (bias, weight.shape[:-1]),
     }
