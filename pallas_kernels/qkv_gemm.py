@@ -107,9 +107,10 @@ def qkv_gemm(
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
         tuning, weight = dataclasses.replace(tuning, overlap=False, splits=1), weight.astype(x.dtype)
     _check_tuning(tuning, rows, dim, k, parts, group, norm, size)
+    slots = slots_of(tables, positions, cache[0].shape[0]).reshape(-1)
     query, keys, values = qkv_gemm_mosaic.run(
-        x, weight, *cache, slots_of(tables, positions, cache[0].shape[0]).reshape(-1),
-        norm=norm, bias=bias, rotary=None if rotary is None else tuple(a.reshape(rows, -1) for a in rotary),  # type: ignore[arg-type]
+        x, weight, *cache, slots,
+        norm=norm, bias=bias, rotary=None if rotary is None else (rotary[0].reshape(rows, -1), rotary[1].reshape(rows, -1)),
         weight_scale=weight_scale, tuning=tuning, interpret=interpret,
     )  # fmt: skip
     return query.reshape(batch, tokens, groups, heads - 2, dim), (keys, values)

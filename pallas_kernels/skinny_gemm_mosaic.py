@@ -403,7 +403,7 @@ def launch(
         **space,
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
-    return kernel(*operands)  # type: ignore[no-any-return]
+    return kernel(*operands)
 
 
 def _token_of(shape: tuple[int, ...]) -> jax.Array:
