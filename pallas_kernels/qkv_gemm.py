@@ -108,10 +108,10 @@ def qkv_gemm(
         tuning, weight = dataclasses.replace(tuning, overlap=False, splits=1), weight.astype(x.dtype)
     _check_tuning(tuning, rows, dim, k, parts, group, norm, size)
     slots = slots_of(tables, positions, cache[0].shape[0]).reshape(-1)
+    rotary = None if rotary is None else (rotary[0].reshape(rows, -1), rotary[1].reshape(rows, -1))
     query, keys, values = qkv_gemm_mosaic.run(
         x, weight, *cache, slots,
-        norm=norm, bias=bias, rotary=None if rotary is None else (rotary[0].reshape(rows, -1), rotary[1].reshape(rows, -1)),
-        weight_scale=weight_scale, tuning=tuning, interpret=interpret,
+        norm=norm, bias=bias, rotary=rotary, weight_scale=weight_scale, tuning=tuning, interpret=interpret,
     )  # fmt: skip
     return query.reshape(batch, tokens, groups, heads - 2, dim), (keys, values)
 
@@ -168,7 +168,8 @@ def tuning_for_heads(
     most = max(1, min(8, k // (2 * base.tile_k)))
     balances = {splits: balance(heads * dim // (64 * parts) * splits) for splits in range(1, most + 1)}
     splits = min(splits for splits, even in balances.items() if even > max(balances.values()) - 0.05)
-    fuses = base.fuse_norm and (norm is None or norm.kind in FUSED_NORMS)
+    # With more rows, a LayerNorm's sums and columns of its own are more than the registers hold.
+    fuses = base.fuse_norm and (norm is None or (norm.kind in FUSED_NORMS and (norm.kind == "rms" or rows <= 32)))
     tuning = dataclasses.replace(base, rows=64, stages=8, splits=splits, fuse_norm=fuses)
     room = SMEM_PER_SM // share - 1024
     while tuning.stages > 2 and _shared_bytes(tuning, rows, parts, norm, weight_bytes) > room:
