@@ -13,8 +13,11 @@ from pallas_kernels.choices import Device as Device
 from pallas_kernels.choices import Shapes as Shapes
 from pallas_kernels.choices import choices as choices
 from pallas_kernels.choices import compiling_for as compiling_for
+from pallas_kernels.choices import device as device
+from pallas_kernels.choices import qkv_choice as qkv_choice
 from pallas_kernels.einsum import einsum_f32 as einsum_f32
 from pallas_kernels.linear import linear as linear
+from pallas_kernels.qkv_gemm import qkv_gemm as qkv_gemm
 from pallas_kernels.skinny_gemm import InputNorm as InputNorm
 from pallas_kernels.skinny_gemm import Tuning as Tuning
 from pallas_kernels.skinny_gemm import normalise as normalise

@@ -22,6 +22,14 @@ AttentionImplementation = Literal["dot", "reduce", "mosaic"]
 LinearImplementation = Literal["dot", "mosaic"]
 """Of a product with a weight: XLA's matrix product and what it fuses to it, or the Hopper kernel."""
 
+QkvImplementation = Literal["apart", "mosaic"]
+"""Of query, key and value with their positions and the write into the cache: a product and XLA's fusions after it, or
+one Hopper kernel for all."""
+
+RotaryKind = Literal["halves", "partial", "interleaved"]
+"""Which entries of a head a rotation mixes: entry ``i`` of one half with entry ``i`` of the other; the same of the
+halves of a part of the head; or neighbours."""
+
 MAX_REDUCE_HEADS = 2
 """Query heads per key head up to which ``reduce`` is chosen: each of them multiplies every key once more."""
 
@@ -273,6 +281,63 @@ def linear_choice(
     return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
 
 
+def qkv_problem(
+    dtype: Any, weight_dtype: Any, kv_dtype: Any, *, inputs: int, head_dim: int, rotary: RotaryKind | None
+) -> str | None:
+    """Name what the kernel of query, key and value cannot run, whatever the number of rows, or None."""
+    if jnp.dtype(kv_dtype) != jnp.dtype(dtype):
+        return f"keys and values of {jnp.dtype(kv_dtype).name} with x of {jnp.dtype(dtype).name}"
+    if rotary not in (None, "halves"):
+        return f"{rotary} rotary embedding"
+    multiple = 64 if rotary is None else 128
+    if head_dim == 0 or head_dim % multiple:
+        return f"{'' if rotary is None else 'rotated '}heads of {head_dim}, which {multiple} does not divide"
+    return linear_problem(dtype, weight_dtype, inputs=inputs, outputs=head_dim)
+
+
+def qkv_choice(
+    on: Device,
+    *,
+    rows: int,
+    inputs: int,
+    head_dim: int,
+    dtype: Any,
+    weight_dtype: Any,
+    kv_dtype: Any,
+    rotary: RotaryKind | None = None,
+    head_norms: bool = False,
+) -> Choice[QkvImplementation]:
+    """Choose how query, key and value are computed, and keys and values written into the blocks of a cache.
+
+    Args:
+        on: what is compiled for.
+        rows: tokens.
+        inputs: of the weight.
+        head_dim: entries of a head.
+        dtype: of x.
+        weight_dtype, kv_dtype: of the weight and of cached keys and values, as they are stored.
+        rotary: of the rotary embedding, or None.
+        head_norms: whether queries and keys are normalised before they are rotated.
+    """
+    op = "query, key, value and cache write"
+    problem = qkv_problem(dtype, weight_dtype, kv_dtype, inputs=inputs, head_dim=head_dim, rotary=rotary)
+    if head_norms:
+        problem = "norms of queries and keys"
+    if rows > MAX_LINEAR_ROWS:
+        reason = f"beyond {MAX_LINEAR_ROWS} rows the product is XLA's"
+    elif not on.hopper:
+        reason = f"the kernel is made for Hopper, and this is {on}"
+    elif problem is not None:
+        reason = f"the kernel does not run {problem}"
+    elif rows == 0:
+        reason = "there are no rows"
+    else:
+        reason = "the kernel of the product rotates and writes into the blocks what it has in registers"
+        return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    reason = f"{reason}; XLA fuses rotation and write, and rows of donated blocks are written in place"
+    return Choice(op=op, implementation="apart", compiler="XLA", reason=reason)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """What of a model decides which implementations serve it; sizes are those of one device.
@@ -285,6 +350,8 @@ class Shapes:
         products: (name, inputs, outputs, dtype of the weight) of a layer's products; a gated weight's outputs are those
             of one half.
         norm: ``rms`` or ``layer``.
+        rotary: of the rotary embedding, or None.
+        head_norms: whether queries and keys are normalised before they are rotated.
     """
 
     dtype: str
@@ -293,6 +360,8 @@ class Shapes:
     kv_dtype: str | None = None
     products: Sequence[tuple[str, int, int, str]] = ()
     norm: Literal["rms", "layer"] = "rms"
+    rotary: RotaryKind | None = None
+    head_norms: bool = False
 
 
 def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choice[str], ...]:
@@ -319,7 +388,6 @@ def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choi
             named = f"{few.op} with up to {MAX_REDUCE_HEADS} query heads a key"
             decode = (dataclasses.replace(few, op=named), dataclasses.replace(many, op=f"{many.op} with more"))
     rest = (
-        ("cache write", "rows of donated blocks are written in place"),
         ("head", "its result is float32, and every token needs it once"),
         ("embedding, sampling", "there is no kernel of our own for them"),
     )
@@ -328,8 +396,18 @@ def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choi
         *decode,
         *_products(on, shapes),
         _norms(on, shapes),
+        _qkv(on, shapes),
         *(Choice(op=op, implementation="jnp", compiler="XLA", reason=reason) for op, reason in rest),
     )
+
+
+def _qkv(on: Device, shapes: Shapes) -> Choice[str]:
+    """Query, key and value of few rows, and the write of the last two."""
+    product = next((each for each in shapes.products if each[0] == "attention.qkv"), ("", 128, 128, shapes.dtype))
+    return qkv_choice(
+        on, rows=1, inputs=product[1], head_dim=shapes.head_dim, dtype=shapes.dtype, weight_dtype=product[3],
+        kv_dtype=shapes.kv_dtype or shapes.dtype, rotary=shapes.rotary, head_norms=shapes.head_norms,
+    )  # fmt: skip
 
 
 def _products(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -97,29 +98,17 @@ class Attention(nnx.Module):
             residual: [B, T, H], added to the result.
         """
         with jax.named_scope("attention"):
-            qkv = ops.linear(
-                x, self.qkv[...], array(self.qkv_scale),
-                norm=None if norm is None else norm.of_input(),
-                bias=self.qkv_bias[...] if self.qkv_biased else None,
-            )  # fmt: skip
-            query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
-            if self.normed:
-                query, key = self.query_norm(query), self.key_norm(key)
-            rotary = self.layer.rotary
-            if rotary is not None:
-                cos, sin = positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
-                query = positions.rotate(query, cos, sin, interleaved=rotary.interleaved)
-                key = positions.rotate(key, cos, sin, interleaved=rotary.interleaved)
-            key = key[..., 0, :]
-            bias = self._bias(query.shape[2], query.shape[3])
+            groups, per_group = self.qkv.shape[0], self.qkv.shape[1] - 2
+            bias = self._bias(groups, per_group)
             scale, window = self.layer.scale, self.layer.window
             if cache is None or batch.tables is None:
+                query, key, value = self._projected(x, batch, norm)
                 y = ops.attention(
                     query, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2), batch.positions,
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
             else:
-                cache = ops.write_cache(cache, key, value, batch.tables, batch.positions)
+                query, cache = self._written(x, batch, batch.tables, cache, norm)
                 keys, values, *factors = cache
                 key_scales, value_scales = factors or (None, None)
                 y = ops.paged_attention(
@@ -135,6 +124,45 @@ class Attention(nnx.Module):
                 axis="tensor", bias=self.out_bias[...] if self.out_biased else None, residual=residual,
             )  # fmt: skip
             return y, cache
+
+    def _projected(self, x: jax.Array, batch: Batch, norm: Norm | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query [B, T, G, R, D], key and value [B, T, G, D]."""
+        qkv = ops.linear(
+            x, self.qkv[...], array(self.qkv_scale),
+            norm=None if norm is None else norm.of_input(),
+            bias=self.qkv_bias[...] if self.qkv_biased else None,
+        )  # fmt: skip
+        query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
+        if self.normed:
+            query, key = self.query_norm(query), self.key_norm(key)
+        rotary = self.layer.rotary
+        if rotary is not None:
+            cos, sin = positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
+            query = positions.rotate(query, cos, sin, interleaved=rotary.interleaved)
+            key = positions.rotate(key, cos, sin, interleaved=rotary.interleaved)
+        return query, key[..., 0, :], value
+
+    def _written(
+        self, x: jax.Array, batch: Batch, tables: jax.Array, cache: LayerCache, norm: Norm | None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Query [B, T, G, R, D], and the cache with keys and values in it."""
+        rotary, dim = self.layer.rotary, self.qkv.shape[2]
+        chosen = ops.qkv_choice(
+            ops.device(), rows=math.prod(x.shape[:-1]), inputs=x.shape[-1], head_dim=dim, dtype=x.dtype,
+            weight_dtype=self.qkv.dtype, kv_dtype=cache[0].dtype,
+            rotary=None if rotary is None else rotary.kind_in(dim), head_norms=self.normed,
+        )  # fmt: skip
+        if chosen.implementation == "apart":
+            query, key, value = self._projected(x, batch, norm)
+            return query, ops.write_cache(cache, key, value, tables, batch.positions)
+        keys, values = cache
+        return ops.qkv_gemm(
+            x, self.qkv[...], (keys, values), tables, batch.positions,
+            norm=None if norm is None else norm.of_input(),
+            bias=self.qkv_bias[...] if self.qkv_biased else None,
+            rotary=None if rotary is None else positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long),
+            weight_scale=array(self.qkv_scale), implementation="mosaic",
+        )  # fmt: skip
 
     def _bias(self, groups: int, per_group: int) -> ops.Bias | None:
         """ALiBi for this device's heads."""

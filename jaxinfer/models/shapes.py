@@ -36,4 +36,6 @@ def shapes_of(spec: ModelSpec, layout: Layout, dtype: str, kv_dtype: str, weight
         kv_dtype=kv_dtype,
         products=tuple((name, *size, jnp.dtype(weights[f"layers.0.{name}"]).name) for name, size in sizes.items()),
         norm=spec.norm.kind,
+        rotary=next((s.rotary.kind_in(spec.head_dim) for s in spec.layers if s.rotary), None),
+        head_norms=spec.qk_norm is not None,
     )
