@@ -219,6 +219,7 @@ def _noise(engine: Any, batch: int, context: int) -> tuple[Any, Any]:
     long = np.zeros(batch, bool) if engine.spec.long_from is not None else None
     tables = order[: batch * width].reshape(batch, width).astype(np.int32)
     inputs = DecodeInputs(
+        slots=np.arange(batch, dtype=np.int32),
         positions=whole * (context - chunk),
         steps=whole * chunk,
         step=whole,

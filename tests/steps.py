@@ -132,7 +132,7 @@ def build(name: str) -> Any:
         body: Any = functools.partial(executor._prefill_body, features=SamplerFeatures(), wish=PromptWish())
         results: Any = (executor._rows, executor._rows)
     else:
-        inputs = DecodeInputs(zeros, zeros, zeros, tables, rows)
+        inputs = DecodeInputs(np.arange(executor.batch, dtype=np.int32), zeros, zeros, zeros, tables, rows)
         body = functools.partial(executor._decode_body, features=SamplerFeatures())
         results = (executor._steps_rows, None)
     return executor._step(name, name, body, (inputs, None), results), plan.cache_bytes_per_device
