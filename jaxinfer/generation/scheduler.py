@@ -251,7 +251,7 @@ class Scheduler:
         rows, share = self._in_rows(waiting)
         packed = None
         # The oldest is served at every step, so nobody waits for ever beside prompts that are packed.
-        if self.packing is not None and share < LITTLE_PADDING and waiting[0].packable:
+        if self.packing is not None and len(waiting) > 1 and share < LITTLE_PADDING and waiting[0].packable:
             found, tokens, filled = self._best_pack(waiting)
             if found and filled >= share:
                 rows, packed = found, tokens
