@@ -358,7 +358,8 @@ def account(noted: Any, produced: int) -> dict[str, Any]:
         "prefill_steps": len(kinds["prefill"]), "prompt_tokens": prefilled[1],
         "prefill_useful": prefilled[1] / prefilled[0],
         "decode_chunks": len(kinds["decode"]), "decode_useful": decoded[1] / max(decoded[0], 1),
-        "mean_batch": decoded[1] / max(1, decoded[0] // max(noted.batch, 1)), "from_prefill": produced - decoded[1],
+        "mean_batch": decoded[1] / max(1, len(kinds["decode"]) * noted.plan.decode_chunk),
+        "from_prefill": produced - decoded[1],
     }  # fmt: skip
 
 
