@@ -450,4 +450,4 @@ def compiler_options(kind: str) -> dict[str, str]:
 
 def _shapes(tree: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(tree)
-    return (structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
+    return (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
