@@ -30,6 +30,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "heads of 128, prefill": ({"norm": "rms", "gated_mlp": True, "head_dim": 128}, {}, 512),
     "llama, float32": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
     "llama, prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),
+    "llama, packed prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),
     "gemma, prefill": (
         {"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {}, 512,
     ),
@@ -131,13 +132,18 @@ def build(name: str) -> Any:
     rows, width = pack([None] * executor.batch), context // 64
     zeros = np.zeros(executor.batch, np.int32)
     tables = np.zeros((executor.batch, width), np.int32)
-    if "prefill" in name:
+    if "packed" in name:
+        tokens, pieces = np.zeros((1, 256), np.int32), np.zeros((executor.batch, 128), np.int32)
+        inputs: Any = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows, pieces=pieces)
+    elif "prefill" in name:
         tokens = np.zeros((executor.batch, 256), np.int32)
-        inputs: Any = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows)
+        inputs = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows)
+    else:
+        inputs = DecodeInputs(np.arange(executor.batch, dtype=np.int32), zeros, zeros, zeros, tables, rows)
+    if "prefill" in name:
         body: Any = functools.partial(executor._prefill_body, features=SamplerFeatures(), wish=PromptWish())
         results: Any = (executor._rows, executor._rows)
     else:
-        inputs = DecodeInputs(zeros, zeros, zeros, tables, rows)
         body = functools.partial(executor._decode_body, features=SamplerFeatures())
         results = (executor._steps_rows, None)
     return executor._step(name, name, body, (inputs, None), results), plan.cache_bytes_per_device
