@@ -13,8 +13,12 @@ from pallas_kernels.choices import Device as Device
 from pallas_kernels.choices import Shapes as Shapes
 from pallas_kernels.choices import choices as choices
 from pallas_kernels.choices import compiling_for as compiling_for
+from pallas_kernels.choices import device as device
+from pallas_kernels.choices import rotary_cache_choice as rotary_cache_choice
 from pallas_kernels.einsum import einsum_f32 as einsum_f32
+from pallas_kernels.gated_gemm import gated_gemm as gated_gemm
 from pallas_kernels.linear import linear as linear
+from pallas_kernels.rotary_cache import rotary_cache as rotary_cache
 from pallas_kernels.skinny_gemm import InputNorm as InputNorm
 from pallas_kernels.skinny_gemm import Tuning as Tuning
 from pallas_kernels.skinny_gemm import normalise as normalise

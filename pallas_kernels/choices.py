@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -22,12 +22,18 @@ AttentionImplementation = Literal["dot", "reduce", "mosaic"]
 LinearImplementation = Literal["dot", "mosaic"]
 """Of a product with a weight: XLA's matrix product and what it fuses to it, or the Hopper kernel."""
 
+RotaryImplementation = Literal["jnp", "mosaic"]
+"""Of rotation and cache write: what XLA makes of each, or the Hopper kernel that does both."""
+
 MAX_REDUCE_HEADS = 2
 """Query heads per key head up to which ``reduce`` is chosen: each of them multiplies every key once more."""
 
 MAX_LINEAR_ROWS = 8
 """Rows up to which a product is the kernel's: those that one wgmma instruction holds, so that they cost what one does,
 which has been timed beside XLA. The kernel runs up to 64, which have not."""
+
+MIN_GATED_ROWS = 4096
+"""Rows from which a gated product and its activation are one kernel: so many that its tiles fill the GPU many times."""
 
 LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
@@ -52,6 +58,9 @@ name, runs all the same. Its times, and its numbers beside float32, were taken o
 
 PREFILL_HEADS = (64, 80, 96, 128, 256)
 """Head sizes that the prefill attention kernel runs."""
+
+ROTARY_HEADS = (64, 128, 256)
+"""Head sizes that the kernel of rotation and cache write runs."""
 
 HALVES = ("bfloat16", "float16")
 
@@ -245,8 +254,85 @@ def linear_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int) 
     return None
 
 
+def rotary_cache_problem(dtype: Any, kv_dtype: Any, *, head_dim: int, pairs: int, interleaved: bool) -> str | None:
+    """Name what the kernel of rotation and cache write cannot run, or None where it can run all."""
+    given, kept = jnp.dtype(dtype).name, jnp.dtype(kv_dtype).name
+    if given not in HALVES:
+        return f"dtype {given}"
+    if kept != given:
+        return f"{given} with keys and values of {kept}"
+    if head_dim not in ROTARY_HEADS:
+        return f"head_dim {head_dim}"
+    if interleaved:
+        return "pairs of neighbours"
+    return None if 2 * pairs == head_dim else f"{2 * pairs} rotated entries of {head_dim}"
+
+
+def rotary_cache_choice(
+    on: Device,
+    *,
+    query_tokens: int,
+    head_dim: int,
+    pairs: int | None,
+    interleaved: bool,
+    dtype: Any,
+    kv_dtype: Any,
+    normed: bool = False,
+) -> Choice[RotaryImplementation]:
+    """Choose what rotates queries and keys and writes keys and values into their blocks.
+
+    Args:
+        on: what is compiled for.
+        query_tokens: new tokens of each sequence.
+        head_dim: entries of a head.
+        pairs: rotated pairs of a head; None: nothing is rotated.
+        interleaved: whether pairs are neighbours.
+        dtype: of queries.
+        kv_dtype: of keys and values as they are stored.
+        normed: whether queries and keys are normalised before they are rotated.
+    """
+    op = "rotation and cache write of prefill" if query_tokens > 1 else "rotation and cache write of decode"
+    if query_tokens == 1:
+        reason = "of one token there is little to write"
+    elif not on.hopper:
+        reason = f"the kernel is made for Hopper, and this is {on}"
+    elif pairs is None:
+        reason = "nothing is rotated"
+    elif normed:
+        reason = "the kernel does not normalise heads"
+    else:
+        problem = rotary_cache_problem(dtype, kv_dtype, head_dim=head_dim, pairs=pairs, interleaved=interleaved)
+        if problem is None:
+            reason = "the kernel does both in one pass over queries, keys and values"
+            return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+        reason = f"the kernel does not run {problem}"
+    return Choice(op=op, implementation="jnp", compiler="XLA", reason=reason)
+
+
+def gated_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int, biased: bool = False) -> str | None:
+    """Name what the kernel of gated products of many rows cannot run, or None where it can run all."""
+    dtype, weight = jnp.dtype(dtype).name, jnp.dtype(weight_dtype).name
+    if dtype not in HALVES:
+        return f"dtype {dtype}"
+    if weight != dtype:
+        return f"weights of {weight} with x of {dtype}"
+    # Copies are of whole 16 bytes.
+    for name, size in (("inputs", inputs), ("outputs", outputs)):
+        if size == 0 or size % 8:
+            return f"{size} {name}, which 8 does not divide"
+    return "a bias" if biased else None
+
+
 def linear_choice(
-    on: Device, *, rows: int, inputs: int, outputs: int, dtype: Any, weight_dtype: Any
+    on: Device,
+    *,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    dtype: Any,
+    weight_dtype: Any,
+    gated: bool = False,
+    biased: bool = False,
 ) -> Choice[LinearImplementation]:
     """Choose how a product of rows with a weight is computed.
 
@@ -256,7 +342,11 @@ def linear_choice(
         inputs, outputs: of the weight on this device, each half's outputs where it is gated.
         dtype: of x.
         weight_dtype: of the weight as it is stored.
+        gated: whether the weight has two halves.
+        biased: whether a bias is added.
     """
+    if gated and rows >= MIN_GATED_ROWS:
+        return _gated_choice(on, gated_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs, biased=biased))
     op = f"products of up to {MAX_LINEAR_ROWS} rows" if rows <= MAX_LINEAR_ROWS else "products of more rows"
     problem = linear_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs)
     if rows > MAX_LINEAR_ROWS:
@@ -273,6 +363,16 @@ def linear_choice(
     return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
 
 
+def _gated_choice(on: Device, problem: str | None) -> Choice[LinearImplementation]:
+    """Choose for a gated product of many rows."""
+    op = f"gated products of {MIN_GATED_ROWS} rows or more"
+    if on.hopper and problem is None:
+        reason = "the kernel joins gate and values in registers, where XLA writes both and reads them again"
+        return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    reason = f"the kernel does not run {problem}" if on.hopper else f"the kernel is made for Hopper, and this is {on}"
+    return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """What of a model decides which implementations serve it; sizes are those of one device.
@@ -284,6 +384,7 @@ class Shapes:
         kv_dtype: of cached keys and values; None: ``dtype``.
         products: (name, inputs, outputs, dtype of the weight) of a layer's products; a gated weight's outputs are those
             of one half.
+        gated: names of the products whose weights are gated, and whether a bias is added to each.
         norm: ``rms`` or ``layer``.
     """
 
@@ -292,6 +393,7 @@ class Shapes:
     head_dim: int
     kv_dtype: str | None = None
     products: Sequence[tuple[str, int, int, str]] = ()
+    gated: Mapping[str, bool] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
 
 
@@ -348,6 +450,12 @@ def _products(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:
     yield linear_choice(
         on, rows=MAX_LINEAR_ROWS + 1, inputs=inputs, outputs=outputs, dtype=shapes.dtype, weight_dtype=weight
     )
+    for name, inputs, outputs, weight in products:
+        if name in shapes.gated or not shapes.products:
+            yield linear_choice(
+                on, rows=MIN_GATED_ROWS, inputs=inputs, outputs=outputs, dtype=shapes.dtype, weight_dtype=weight,
+                gated=True, biased=shapes.gated.get(name, False),
+            )  # fmt: skip
 
 
 def _norms(on: Device, shapes: Shapes) -> Choice[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -103,9 +104,15 @@ class Attention(nnx.Module):
                 bias=self.qkv_bias[...] if self.qkv_biased else None,
             )  # fmt: skip
             query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
+            rotary, written = self.layer.rotary, False
+            if rotary is not None and cache is not None and batch.tables is not None and self._one_pass(qkv, cache):
+                angles = functools.partial(positions.angles, rotary, long=batch.long)
+                query, cache = ops.rotary_cache(
+                    qkv, angles, cache, batch.tables, batch.positions, implementation="mosaic"
+                )
+                rotary, written = None, True
             if self.normed:
                 query, key = self.query_norm(query), self.key_norm(key)
-            rotary = self.layer.rotary
             if rotary is not None:
                 cos, sin = positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
                 query = positions.rotate(query, cos, sin, interleaved=rotary.interleaved)
@@ -119,7 +126,8 @@ class Attention(nnx.Module):
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
             else:
-                cache = ops.write_cache(cache, key, value, batch.tables, batch.positions)
+                if not written:
+                    cache = ops.write_cache(cache, key, value, batch.tables, batch.positions)
                 keys, values, *factors = cache
                 key_scales, value_scales = factors or (None, None)
                 y = ops.paged_attention(
@@ -135,6 +143,16 @@ class Attention(nnx.Module):
                 axis="tensor", bias=self.out_bias[...] if self.out_biased else None, residual=residual,
             )  # fmt: skip
             return y, cache
+
+    def _one_pass(self, qkv: jax.Array, cache: LayerCache) -> bool:
+        """Whether a kernel rotates queries and keys and writes keys and values at once."""
+        rotary = self.layer.rotary
+        chosen = ops.rotary_cache_choice(
+            ops.device(), query_tokens=qkv.shape[1], head_dim=qkv.shape[-1], dtype=qkv.dtype, kv_dtype=cache[0].dtype,
+            pairs=None if rotary is None else len(rotary.inv_freq),
+            interleaved=rotary is not None and rotary.interleaved, normed=self.normed,
+        )  # fmt: skip
+        return chosen.implementation == "mosaic"
 
     def _bias(self, groups: int, per_group: int) -> ops.Bias | None:
         """ALiBi for this device's heads."""

@@ -35,5 +35,6 @@ def shapes_of(spec: ModelSpec, layout: Layout, dtype: str, kv_dtype: str, weight
         head_dim=spec.head_dim,
         kv_dtype=kv_dtype,
         products=tuple((name, *size, jnp.dtype(weights[f"layers.0.{name}"]).name) for name, size in sizes.items()),
+        gated={"mlp.up": spec.mlp_bias} if spec.gated_mlp else {},
         norm=spec.norm.kind,
     )
