@@ -50,6 +50,10 @@ class GatedConfig:
         return 2 * (self.stages * (rows + 2 * COLUMNS) * self.tile_k + rows * COLUMNS)
 
 
+CONFIG = GatedConfig()
+"""What is used unless another is asked for."""
+
+
 def gated_gemm(
     x: jax.Array,
     weight: jax.Array,
@@ -66,7 +70,7 @@ def gated_gemm(
         weight: [2, N, K], the gate G and the values V.
         activation: of the gate.
         implementation: ``mosaic`` is the Hopper kernel; ``reference``, or None, is ``jax.numpy``.
-        config: how the kernel divides the work; None is :class:`GatedConfig` as it is.
+        config: how the kernel divides the work; None is :data:`CONFIG`.
         interpret: run the kernel on the CPU, slowly, as tests do.
 
     Returns:
@@ -86,7 +90,7 @@ def gated_gemm(
         problem = "0 rows"
     if problem is not None:
         raise ValueError(f"gated_gemm: implementation 'mosaic' does not run {problem}")
-    config = config or GatedConfig()
+    config = config or CONFIG
     _check_config(config)
     # Imported here, since it takes a second and only this implementation needs it.
     from pallas_kernels.gated_gemm_mosaic import run
