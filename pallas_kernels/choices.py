@@ -386,6 +386,9 @@ class Shapes:
             of one half.
         gated: names of the products whose weights are gated, and whether a bias is added to each.
         norm: ``rms`` or ``layer``.
+        pairs: rotated pairs of a head; None where nothing is rotated.
+        interleaved: whether these pairs are neighbours.
+        normed_heads: whether queries and keys are normalised before they are rotated.
     """
 
     dtype: str
@@ -395,6 +398,9 @@ class Shapes:
     products: Sequence[tuple[str, int, int, str]] = ()
     gated: Mapping[str, bool] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
+    pairs: int | None = None
+    interleaved: bool = False
+    normed_heads: bool = False
 
 
 def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choice[str], ...]:
@@ -405,7 +411,7 @@ def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choi
         model: the model at hand; None lists what holds for models in bfloat16 with heads of 128.
     """
     on = on or device()
-    shapes = model or Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128)
+    shapes = model or Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, pairs=64)
 
     def attention(query_tokens: int, heads_per_key: int) -> Choice[str]:
         return attention_choice(
@@ -420,6 +426,10 @@ def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choi
         if many.implementation != few.implementation:
             named = f"{few.op} with up to {MAX_REDUCE_HEADS} query heads a key"
             decode = (dataclasses.replace(few, op=named), dataclasses.replace(many, op=f"{many.op} with more"))
+    rotation = rotary_cache_choice(
+        on, query_tokens=2, head_dim=shapes.head_dim, pairs=shapes.pairs, interleaved=shapes.interleaved,
+        dtype=shapes.dtype, kv_dtype=shapes.kv_dtype or shapes.dtype, normed=shapes.normed_heads,
+    )  # fmt: skip
     rest = (
         ("cache write", "rows of donated blocks are written in place"),
         ("head", "its result is float32, and every token needs it once"),
@@ -428,6 +438,7 @@ def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choi
     return (
         attention(2, shapes.heads_per_key),
         *decode,
+        rotation,
         *_products(on, shapes),
         _norms(on, shapes),
         *(Choice(op=op, implementation="jnp", compiler="XLA", reason=reason) for op, reason in rest),
