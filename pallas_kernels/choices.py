@@ -316,10 +316,10 @@ def gated_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int, b
         return f"dtype {dtype}"
     if weight != dtype:
         return f"weights of {weight} with x of {dtype}"
-    # Copies are of whole 16 bytes.
-    for name, size in (("inputs", inputs), ("outputs", outputs)):
-        if size == 0 or size % 8:
-            return f"{size} {name}, which 8 does not divide"
+    # Rows in memory must be of whole tiles of those in shared memory.
+    for name, size, tile in (("inputs", inputs, 64), ("outputs", outputs, 16)):
+        if size == 0 or size % tile:
+            return f"{size} {name}, which {tile} does not divide"
     return "a bias" if biased else None
 
 

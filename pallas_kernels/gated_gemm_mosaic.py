@@ -25,11 +25,11 @@ from pallas_kernels.gated_gemm import COLUMNS, ROWS, WARPGROUPS, GatedConfig
 from pallas_kernels.skinny_gemm import SMS, Activation, activate
 
 STORED = 64
-"""Columns that leave in one copy: the widest that shared memory swizzles."""
+"""Columns that leave in one copy."""
 
 
 def _tiling(columns: int) -> tuple[Any, ...]:
-    """Transforms of a matrix of 16-bit entries whose rows have 32 or 64 of them, one swizzle wide."""
+    """Transforms of a matrix of 16-bit entries in tiles of 16, 32 or 64 columns, one swizzle wide."""
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # type: ignore[abstract]
 
 
@@ -124,7 +124,7 @@ def run(
                     plgpu.barrier_arrive(empty.at[lax.rem(index * steps + steps - 1, jnp.int32(stages))])
                     return acc[...]
 
-                both = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * COLUMNS), jnp.float32))
+                both = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, 2 * COLUMNS), jnp.float32))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
                 for piece in range(COLUMNS // STORED):
                     start = piece * STORED
@@ -153,7 +153,11 @@ def run(
         scratch_types=[
             plgpu.SMEM((stages, block_rows, tile_k), dtype, transforms=_tiling(tile_k)),
             plgpu.SMEM((stages, 2 * COLUMNS, tile_k), dtype, transforms=_tiling(tile_k)),
-            plgpu.SMEM((WARPGROUPS, COLUMNS // STORED, ROWS, STORED), dtype, transforms=_tiling(STORED)),
+            plgpu.SMEM(
+                (WARPGROUPS, COLUMNS // STORED, ROWS, STORED),
+                dtype,
+                transforms=_tiling(next(w for w in (64, 32, 16) if n % w == 0)),
+            ),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             used,
             plgpu.Barrier() if config.lead else (),

@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # Rows, channels and inputs that fill no tile, rings longer and shorter than the loop, programs with several tiles.
 INTERPRETED: dict[str, dict[str, Any]] = {
     "one tile": {"m": 128, "n": 128, "k": 128, "cluster": 1},
-    "short ring": {"m": 256, "n": 64, "k": 328, "stages": 2, "activation": "gelu"},
-    "ragged": {"m": 301, "n": 200, "k": 200, "programs": 1, "group": 1, "activation": "silu"},
+    "short ring": {"m": 256, "n": 64, "k": 320, "stages": 2, "activation": "gelu"},
+    "ragged": {"m": 301, "n": 208, "k": 192, "programs": 1, "group": 1, "activation": "silu"},
     "narrow steps, one ahead": {
-        "m": 520, "n": 264, "k": 136, "programs": 2, "group": 2, "lead": 1, "tile_k": 32, "stages": 3,
+        "m": 520, "n": 272, "k": 128, "programs": 2, "group": 2, "lead": 1, "tile_k": 32, "stages": 3,
         "activation": "silu",
     },
-    "fewer inputs than a step": {"m": 9, "n": 8, "k": 8, "lead": 2, "activation": "relu"},
-    "float16": {"m": 136, "n": 136, "k": 64, "dtype": "float16", "cluster": 1, "programs": 1, "activation": "silu"},
+    "fewer steps than stages": {"m": 9, "n": 16, "k": 64, "lead": 2, "activation": "relu"},
+    "float16": {"m": 136, "n": 144, "k": 64, "dtype": "float16", "cluster": 1, "programs": 1, "activation": "silu"},
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from tests.pallas_kernels.rotary_cache_cases import angles
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# batch, tokens, groups, queries of each, dim, blocks of a sequence, starts, lengths. Chunks that fill their blocks, that
-# start and end within one, that cross one end to end, and a row of padding alone.
+# batch, tokens, groups, queries of each, dim, blocks of a sequence, starts, lengths. Chunks that fill their blocks,
+# that start and end within one, that cross one end to end, and a row of padding alone.
 INTERPRETED: dict[str, tuple[int, int, int, int, int, int, list[int], list[int]]] = {
     "whole blocks": (1, 128, 1, 1, 128, 4, [0], [128]),
     "padding": (2, 130, 2, 1, 128, 5, [0, 64], [128, 70]),
