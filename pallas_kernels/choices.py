@@ -309,7 +309,9 @@ def rotary_cache_choice(
     return Choice(op=op, implementation="jnp", compiler="XLA", reason=reason)
 
 
-def gated_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int, biased: bool = False) -> str | None:
+def gated_problem(
+    dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int, biased: bool = False, activation: str | None = None
+) -> str | None:
     """Name what the kernel of gated products of many rows cannot run, or None where it can run all."""
     dtype, weight = jnp.dtype(dtype).name, jnp.dtype(weight_dtype).name
     if dtype not in HALVES:
@@ -320,6 +322,8 @@ def gated_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int, b
     for name, size, tile in (("inputs", inputs, 64), ("outputs", outputs, 16)):
         if size == 0 or size % tile:
             return f"{size} {name}, which {tile} does not divide"
+    if activation == "gelu":
+        return "the exact GELU, for which registers do not suffice"
     return "a bias" if biased else None
 
 
@@ -333,6 +337,7 @@ def linear_choice(
     weight_dtype: Any,
     gated: bool = False,
     biased: bool = False,
+    activation: str | None = None,
 ) -> Choice[LinearImplementation]:
     """Choose how a product of rows with a weight is computed.
 
@@ -344,9 +349,13 @@ def linear_choice(
         weight_dtype: of the weight as it is stored.
         gated: whether the weight has two halves.
         biased: whether a bias is added.
+        activation: what follows the product.
     """
     if gated and rows >= MIN_GATED_ROWS:
-        return _gated_choice(on, gated_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs, biased=biased))
+        problem = gated_problem(
+            dtype, weight_dtype, inputs=inputs, outputs=outputs, biased=biased, activation=activation
+        )
+        return _gated_choice(on, problem)
     op = f"products of up to {MAX_LINEAR_ROWS} rows" if rows <= MAX_LINEAR_ROWS else "products of more rows"
     problem = linear_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs)
     if rows > MAX_LINEAR_ROWS:
@@ -385,6 +394,7 @@ class Shapes:
         products: (name, inputs, outputs, dtype of the weight) of a layer's products; a gated weight's outputs are those
             of one half.
         gated: names of the products whose weights are gated, and whether a bias is added to each.
+        activation: of a gated product.
         norm: ``rms`` or ``layer``.
         pairs: rotated pairs of a head; None where nothing is rotated.
         interleaved: whether these pairs are neighbours.
@@ -397,6 +407,7 @@ class Shapes:
     kv_dtype: str | None = None
     products: Sequence[tuple[str, int, int, str]] = ()
     gated: Mapping[str, bool] = field(default_factory=dict)
+    activation: str | None = None
     norm: Literal["rms", "layer"] = "rms"
     pairs: int | None = None
     interleaved: bool = False
@@ -465,7 +476,7 @@ def _products(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:
         if name in shapes.gated or not shapes.products:
             yield linear_choice(
                 on, rows=MIN_GATED_ROWS, inputs=inputs, outputs=outputs, dtype=shapes.dtype, weight_dtype=weight,
-                gated=True, biased=shapes.gated.get(name, False),
+                gated=True, biased=shapes.gated.get(name, False), activation=shapes.activation,
             )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def gated_gemm(
         return reference(x, weight, activation=activation)
     if implementation != "mosaic":
         raise ValueError(f"gated_gemm: implementation {implementation!r} is none of 'mosaic', 'reference'")
-    problem = gated_problem(x.dtype, weight.dtype, inputs=x.shape[1], outputs=weight.shape[1])
+    problem = gated_problem(x.dtype, weight.dtype, inputs=x.shape[1], outputs=weight.shape[1], activation=activation)
     if problem is None and x.shape[0] == 0:
         problem = "0 rows"
     if problem is not None:

@@ -73,6 +73,7 @@ def linear(
         implementation = linear_choice(
             device(), rows=math.prod(x.shape[:-1]), inputs=x.shape[-1], outputs=math.prod(operands.outputs),
             dtype=x.dtype, weight_dtype=weight.dtype, gated=gated, biased=bias is not None,
+            activation=activation,
         ).implementation  # fmt: skip
     if implementation == "mosaic":
         return _mosaic(operands)

@@ -39,6 +39,7 @@ def shapes_of(spec: ModelSpec, layout: Layout, dtype: str, kv_dtype: str, weight
         pairs=None if rotary is None else len(rotary.inv_freq),
         interleaved=rotary is not None and rotary.interleaved,
         normed_heads=spec.qk_norm is not None,
+        activation=spec.activation,
         gated={"mlp.up": spec.mlp_bias} if spec.gated_mlp else {},
         norm=spec.norm.kind,
     )

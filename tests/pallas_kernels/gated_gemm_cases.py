@@ -17,7 +17,7 @@ SHAPES: dict[str, tuple[int, int, int, Any, Any, dict[str, Any]]] = {
     "llama-7b, one warpgroup ahead": (16384, 11008, 4096, "silu", jnp.bfloat16, {"lead": 2}),
     "llama-7b, narrow steps": (16384, 11008, 4096, "silu", jnp.bfloat16, {"tile_k": 32, "stages": 8}),
     "no cluster": (16384, 11008, 4096, "silu", jnp.bfloat16, {"cluster": 1}),
-    "ragged, float16": (5003, 1040, 1024, "gelu", jnp.float16, {"group": 3}),
+    "ragged, float16": (5003, 1040, 1024, "silu", jnp.float16, {"group": 3}),
     "tensor parallel": (16384, 1376, 4096, "silu", jnp.bfloat16, {}),
     "gelu_tanh": (4096, 9216, 2304, "gelu_tanh", jnp.bfloat16, {}),
     "quick_gelu": (4096, 4096, 1024, "quick_gelu", jnp.bfloat16, {}),

@@ -54,6 +54,21 @@ def test_a_configuration_without_a_kernel_is_refused(change: dict[str, int]):
         jax.eval_shape(lambda *a: gated_gemm(*a, implementation="mosaic", config=GatedConfig(**change)), *operands)
 
 
+def test_the_exact_gelu_is_left_to_xla():
+    asked = {"rows": MIN_GATED_ROWS, "inputs": 64, "outputs": 64, "dtype": "bfloat16", "weight_dtype": "bfloat16"}
+    assert linear_choice(HOPPER, **asked, gated=True, activation="gelu_tanh").implementation == "mosaic"
+    chosen = linear_choice(HOPPER, **asked, gated=True, activation="gelu")
+    assert chosen.implementation == "dot"
+    assert "exact GELU" in chosen.reason
+    with pytest.raises(ValueError, match="exact GELU"):
+        gated_gemm(
+            jnp.ones((8, 64), jnp.bfloat16),
+            jnp.ones((2, 64, 64), jnp.bfloat16),
+            activation="gelu",
+            implementation="mosaic",
+        )
+
+
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="implementation 'cublas' is none of"):
         gated_gemm(jnp.ones((1, 64)), jnp.ones((2, 8, 64)), implementation="cublas")  # type: ignore[arg-type]

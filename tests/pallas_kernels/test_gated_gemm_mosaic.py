@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Rows, channels and inputs that fill no tile, rings longer and shorter than the loop, programs with several tiles.
 INTERPRETED: dict[str, dict[str, Any]] = {
     "one tile": {"m": 128, "n": 128, "k": 128, "cluster": 1},
-    "short ring": {"m": 256, "n": 64, "k": 320, "stages": 2, "activation": "gelu"},
+    "short ring": {"m": 256, "n": 64, "k": 320, "stages": 2, "activation": "gelu_tanh"},
     "ragged": {"m": 301, "n": 208, "k": 192, "programs": 1, "group": 1, "activation": "silu"},
     "narrow steps, one ahead": {
         "m": 520, "n": 272, "k": 128, "programs": 2, "group": 2, "lead": 1, "tile_k": 32, "stages": 3,
