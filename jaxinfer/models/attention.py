@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -151,7 +152,7 @@ class Attention(nnx.Module):
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
             else:
-query, cache = self._written(x, batch, batch.tables, cache, norm)
+                query, cache = self._written(x, batch, batch.tables, cache, norm)
                 pieces, places = batch.pieces, batch.positions
                 if pieces is not None:
                     query, places = pieces.spread(query), pieces.positions
@@ -211,12 +212,26 @@ query, cache = self._written(x, batch, batch.tables, cache, norm)
                 bias=self.qkv_bias[...] if self.qkv_biased else None,
                 rotary=angles, weight_scale=array(self.qkv_scale), implementation="mosaic",
             )  # fmt: skip
-        query, key, value = self._heads(self._product(x, norm), batch)
+        qkv = self._product(x, norm)
+        if pieces is None and rotary is not None and self._one_pass(qkv, cache):
+            turn = functools.partial(positions.angles, rotary, long=batch.long)
+            return ops.rotary_cache(qkv, turn, cache, tables, batch.positions, implementation="mosaic")
+        query, key, value = self._heads(qkv, batch)
         if pieces is None:
             return query, ops.write_cache(cache, key, value, tables, batch.positions)
         # Every token as a sequence of its own.
         new = (key[0][:, None], value[0][:, None])
         return query, ops.write_cache(cache, *new, pieces.tables, batch.positions[0][:, None])
+
+    def _one_pass(self, qkv: jax.Array, cache: LayerCache) -> bool:
+        """Whether a kernel rotates queries and keys and writes keys and values at once."""
+        rotary = self.layer.rotary
+        chosen = ops.rotary_cache_choice(
+            ops.device(), query_tokens=qkv.shape[1], head_dim=qkv.shape[-1], dtype=qkv.dtype, kv_dtype=cache[0].dtype,
+            pairs=None if rotary is None else len(rotary.inv_freq),
+            interleaved=rotary is not None and rotary.interleaved, normed=self.normed,
+        )  # fmt: skip
+        return chosen.implementation == "mosaic"
 
     def _bias(self, groups: int, per_group: int) -> ops.Bias | None:
         """ALiBi for this device's heads."""
