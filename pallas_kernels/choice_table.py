@@ -1,4 +1,4 @@
-"""Which implementation serves which operation of a model, and why, as a table: :mod:`pallas_kernels.choices` chooses."""
+"""What serves which operation of a model, and why, as a table; :mod:`pallas_kernels.choices` chooses."""
 
 from __future__ import annotations
 
