@@ -381,7 +381,7 @@ class Executor:
         # By the mesh's devices, which need not be those that JAX takes by default, nor be here.
         chosen = compiling_for(Device.of(self.mesh.devices.flat[0]))
         with self._on_compile(description), precision, chosen:
-            compiled = jitted.lower(*arguments).compile()
+            compiled = jitted.lower(*arguments).compile(compiler_options=compiler_options(key[0]))
         self._compiled[key] = compiled
         return compiled
 
@@ -421,6 +421,11 @@ def _fetching[Tree](tree: Tree) -> Tree:
     for leaf in jax.tree.leaves(tree):
         leaf.copy_to_host_async()
     return tree
+
+
+def compiler_options(kind: str) -> dict[str, str]:
+    """Options of XLA for a kind of step."""
+    return {}
 
 
 def _shapes(tree: Any) -> tuple[Any, ...]:

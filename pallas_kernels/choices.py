@@ -32,9 +32,8 @@ which has been timed beside XLA. The kernel runs up to 64, which have not."""
 LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
 
-FUSED_NORMS: tuple[str, ...] = ("rms",)
-"""Kinds of norm that the kernel of products computes itself; XLA normalises its input for the others. ``layer`` joins
-them when the kernel's LayerNorm has been seen to be right on a GPU."""
+FUSED_NORMS: tuple[str, ...] = ("rms", "layer")
+"""Kinds of norm that the kernel of products computes itself; XLA normalises its input for the others."""
 
 DECODE_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
 """Head sizes that the decode attention kernel runs, and the most query heads a key head that each of them allows:
