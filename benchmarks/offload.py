@@ -1,14 +1,16 @@
 """Models larger than the device: layers in host memory and on disk, each figure beside its limit of the same run.
 
-    python benchmarks/offload.py host --out benchmarks/results/offload_host_h200.json       # about 4 minutes
-    python benchmarks/offload.py largest --out benchmarks/results/offload_largest_h200.json # about 2 minutes
-    python benchmarks/offload.py disk --folder /tmp/store --out benchmarks/results/offload_disk_h200.json # 8 minutes
+    export XLA_PYTHON_CLIENT_MEM_FRACTION=.95
+    python benchmarks/offload.py host largest --out benchmarks/results/offload_host_h200.json --seconds 110
+    python benchmarks/offload.py disk --folder /tmp --out benchmarks/results/offload_disk_h200.json --seconds 180
 
 ``host``: OPT-13B's shape, batch 64, prompts of 512 tokens; decode steps at bfloat16, int8 and int4, and prefill.
 ``largest``: the same with as many sequences as fit. ``disk``: a model of 40 GB that is made there, through a device of
-1.6 GB, twice: past the page cache, and through it. Weights are random; every layer has the same ones, in memory of its
-own. Limits: transfers of a layer's parameters alone, one after the other; products of large matrices; O_DIRECT reads
-by one thread and by eight. ``--rehearse`` runs tiny models on a CPU.
+1.6 GB, three times: through the page cache, past it, and resident, for its tokens. Weights are random; in host memory
+every layer has the same ones, in a place of its own. Limits: transfers of a layer's parameters alone, one after the
+other; products of large matrices; O_DIRECT reads by one thread, four and eight. Each figure is printed and the file
+written as soon as it is there, and nothing is begun for which the seconds that are left are too few. ``--rehearse``
+runs tiny models on a CPU.
 """
 
 from __future__ import annotations
@@ -17,14 +19,19 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
+import shutil
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -46,6 +53,35 @@ from sharding import TensorLimits, make_mesh
 
 PROMPT, BATCH, STEPS = 512, 64, 8
 PIECE = 32 << 20
+HOST_MEMORY = 112 << 30  # of 128 GiB; a virtual machine may show less as free, and get more when it asks
+
+
+class Arena:
+    """Registered memory that one engine after another is given: to get it takes longer than to measure with it.
+
+    Attributes:
+        holds: address -> the packing of the layer that lies there.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk, self.chunks, self.holds = chunk, [], {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Give everything out again."""
+        self.used = [0] * len(self.chunks)
+
+    def buffer(self, nbytes: int, device: jax.Device) -> Any:
+        """What stands for a HostBuffer."""
+        size = -(-nbytes // 4096) * 4096
+        at = next((i for i, chunk in enumerate(self.chunks) if self.used[i] + size <= len(chunk.array)), None)
+        if at is None:
+            at = len(self.chunks)
+            self.chunks.append(HostBuffer(max(size, self.chunk), device))
+            self.used.append(0)
+        start = self.used[at]
+        self.used[at] += size
+        return SimpleNamespace(array=self.chunks[at].array[start : start + nbytes], close=lambda: None)
 
 
 class Bench:
@@ -53,16 +89,18 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.rehearse = given, given.rehearse
-        self.end = time.perf_counter() + given.budget
-        self.found: dict[str, Any] = {"machine": machine.describe(), "rehearsal": self.rehearse, "part": given.part}
+        self.end = time.perf_counter() + given.seconds
+        self.found: dict[str, Any] = {"machine": machine.describe(), "rehearsal": self.rehearse, "parts": given.parts}
         self.root = Path(tempfile.mkdtemp())
         self.mesh = make_mesh({"tensor": 1}, TensorLimits(heads=1, kv_heads=1, intermediate=1))
+        self.arena = Arena((4 if self.rehearse else 2048) << 20)
         self.prompt, self.batch, self.steps = (16, 4, 3) if self.rehearse else (PROMPT, BATCH, STEPS)
 
     def note(self, name: str, value: Any) -> None:
         """Keep a figure."""
         self.found[name] = value
-        print(name, json.dumps(value), flush=True)
+        left = f"{self.end - time.perf_counter():.0f} s left"
+        print(name, json.dumps(value), left, flush=True)
         if self.given.out is not None:
             self.given.out.write_text(json.dumps(self.found, indent=1))
 
@@ -70,12 +108,13 @@ class Bench:
         """Whether there is no time for more."""
         late = not self.rehearse and time.perf_counter() + seconds > self.end
         if late:
-            self.note(f"{what}_left_out", "no time")
+            self.note(f"{what}_left_out", f"would take {seconds:.0f} s")
         return late
 
     def limits(self) -> None:
         """The device's own rates."""
-        self.note("limits", dataclasses.asdict(measure_limits()))
+        if "limits" not in self.found:
+            self.note("limits", dataclasses.asdict(measure_limits()))
 
     def link(self, packing: Any) -> float:
         """Bytes per second of a layer's transfers, four in a row from two buffers, with nothing beside them."""
@@ -105,43 +144,62 @@ class Bench:
         rng = np.random.default_rng(0)
         return [rng.integers(3, engine.spec.vocab_size, self.prompt).tolist() for _ in range(count)]
 
+    def run(self, engine: Any, asked: list[list[int]], tokens: int) -> float:
+        """Seconds of generating, greedily, the host's work included."""
+        begin = time.perf_counter()
+        outputs = engine.generate(asked, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
+        seconds = time.perf_counter() - begin
+        failed = [output.error for output in outputs if output.error is not None]
+        if failed:
+            raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
+        self.said = [output.outputs[0].token_ids for output in outputs]
+        return seconds
+
     def timed(self, engine: Any, count: int, steps: int, warm: bool = True) -> dict[str, Any]:
-        """Seconds of a prefill of all prompts, and of a decode step after it; the host's work included."""
+        """Seconds of a prefill of all prompts, and of a decode step after it; the host's work included.
+
+        ``step_ms`` is the time between the ends of two passes, the median; ``wall_step_ms`` what more tokens take.
+        """
         asked = self.prompts(engine, count)
-
-        def run(tokens: int) -> float:
-            begin = time.perf_counter()
-            engine.generate(asked, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
-            return time.perf_counter() - begin
-
-        compiling = run(2) if warm else None
-        prefill = min(run(1), run(1)) if warm else run(1)
-        engine.executor.pager.timeline.clear()
-        both = run(1 + steps)
+        timeline = engine.executor.pager.timeline
+        found: dict[str, Any] = {}
+        if warm:
+            found["first_s"] = self.run(engine, asked, 2)
+            found["prefill_s"] = min(self.run(engine, asked, 1) for _ in range(2))
+        timeline.clear()
+        both = self.run(engine, asked, 1 + steps)
+        last = len(engine.executor.pager.packings) - 1
+        ends = [event.end for event in timeline.events if event.kind == "compute" and event.layer == last]
+        # The first decode step compiles where nothing ran before.
+        between = [later - before for before, later in itertools.pairwise(ends)][-(steps - 2) :]
+        step = statistics.median(between)
+        if warm:
+            found["wall_step_ms"] = 1e3 * (both - found["prefill_s"]) / steps
         report = engine.offload_report()
         report.pop("timeline")
-        step = (both - prefill) / steps
-        return {
-            "first_s": compiling, "prefill_s": prefill, "step_ms": 1e3 * step, "tokens_per_s": count / step,
-            "report": report,
+        return found | {
+            "all_s": both, "slots": engine.plan.tiers.slots, "step_ms": 1e3 * step,
+            "steps_ms": [1e3 * seconds for seconds in between], "tokens_per_s": count / step, "report": report,
         }  # fmt: skip
 
     def host(self) -> None:
         """Layers in host memory."""
         self.limits()
         for quantize in (None, "int8", "int4"):
-            if self.late(str(quantize), 60):
+            if self.late(f"host_{quantize or 'bfloat16'}", 35 if quantize is None else 25):
                 continue
             begin = time.perf_counter()
-            with same_layers(), self.engine("opt-13b", quantize=quantize, max_batch=self.batch) as engine:
+            with self.paged("opt-13b", quantize=quantize, max_batch=self.batch) as engine:
                 loaded = time.perf_counter() - begin
                 rate = self.link(engine.executor.pager.packings[0])
                 moved = engine.plan.tiers.moved_bytes
-                found = self.timed(engine, self.batch, self.steps)
                 limit = 1e3 * moved / rate
+                name = f"host_{quantize or 'bfloat16'}"
+                self.note(f"{name}_link", {"load_s": loaded, "gb_s": rate / 1e9, "step_limit_ms": limit})
+                found = self.timed(engine, self.batch, self.steps)
                 flops = engine.plan.prefill_flops(self.batch, self.prompt)
                 self.note(
-                    f"host_{quantize or 'bfloat16'}",
+                    name,
                     found
                     | {
                         "load_s": loaded, "moved_bytes": moved, "micro_tokens": engine.plan.micro_tokens,
@@ -149,104 +207,144 @@ class Bench:
                         "prefill_limit_s": max(flops / self.found["limits"]["matmul"], limit / 1e3),
                     },
                 )  # fmt: skip
-            gc.collect()
 
     def largest(self) -> None:
         """As many sequences as fit."""
-        for kv_dtype in ("auto", "int8"):
-            if self.late(kv_dtype, 90):
+        folder = shapes.folder("opt-13b", self.root, tiny=self.rehearse)
+        longest = self.prompt + 64
+        for quantize, kv_dtype in ((None, "auto"), (None, "int8"), ("int8", "int8")):
+            name = f"largest_{quantize or 'bfloat16'}_kv_{kv_dtype}"
+            if self.late(name, 35 if kv_dtype == "auto" else 45):
                 continue
-            longest = self.prompt + 64
-            count = self.batch
-            folder = shapes.folder("opt-13b", self.root, tiny=self.rehearse)
-            while count < (8 if self.rehearse else 1024):
+            count = 8 if self.rehearse else 1024
+            for _ in range(2):  # the workspace grows with the slots
                 plan = jaxinfer.plan(
-                    folder, {"tensor": 1}, offload="host", max_batch=count + 8, max_model_len=longest,
-                    load_format="dummy", kv_dtype=kv_dtype,
+                    folder, {"tensor": 1}, offload="host", max_batch=count, max_model_len=longest, quantize=quantize,
+                    load_format="dummy", kv_dtype=kv_dtype, host_memory=HOST_MEMORY,
                 )  # fmt: skip
-                if plan.num_blocks - 1 < (count + 8) * -(-longest // 64):
-                    break
-                count += 8
-            with same_layers(), self.engine("opt-13b", max_batch=count, kv_dtype=kv_dtype) as engine:
+                count = min(count, (plan.num_blocks - 1) // -(-longest // 64) // 8 * 8)
+            begin = time.perf_counter()
+            with self.paged("opt-13b", quantize=quantize, max_batch=count, kv_dtype=kv_dtype) as engine:
+                loaded = time.perf_counter() - begin
                 rate = self.link(engine.executor.pager.packings[0])
-                found = self.timed(engine, count, 4)
+                found = self.timed(engine, count, 6, warm=False)
                 limit = 1e3 * engine.plan.tiers.moved_bytes / rate
-                self.note(f"largest_kv_{kv_dtype}", found | {"sequences": count, "step_limit_ms": limit})
-            gc.collect()
+                self.note(name, found | {"sequences": count, "load_s": loaded, "step_limit_ms": limit})
 
     def disk(self) -> None:
         """A store that is made here, 25 times as large as what may be used of the device."""
-        store = (self.given.folder or self.root) / "llama-100-layers"
+        parent = self.given.folder or self.root
+        store = parent / "llama-100-layers"
+        folder = shapes.folder("llama-100-layers", self.root, tiny=self.rehearse)
+        self.note("disk_space", dict(zip(("total", "used", "free"), shutil.disk_usage(parent), strict=True)))
         begin = time.perf_counter()
-        make_store(shapes.folder("llama-100-layers", self.root, tiny=self.rehearse), store)
+
+        def said(done: int, of: int) -> None:
+            left, needed = self.end - time.perf_counter(), (time.perf_counter() - begin) / done * (of - done)
+            print(f"made {done} of {of} groups, {needed:.0f} s to go, {left:.0f} s left", flush=True)
+            if needed > left and not self.rehearse:
+                raise SystemExit("no time to make the store")
+
+        make_store(folder, store, said)
+        seconds = time.perf_counter() - begin
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-        self.note("store", {"bytes": size, "made_in_s": time.perf_counter() - begin})
+        self.note("store", {"bytes": size, "made_in_s": seconds, "gb_s": size / 1e9 / seconds})
         files = sorted((store / WEIGHTS).rglob("d/*"), key=lambda path: -path.stat().st_size)[:16]
         rates = {count: direct_rate(files, count) / 1e9 for count in (1, 4, 8)}
         self.note("o_direct_gb_s", rates)
+        best = max(rates.values())
         cap = size // 25
-        options = {"offload": "disk", "device_memory": cap, "max_batch": 16, "max_model_len": 256}
-        for mode in ("direct", "page cache"):
-            if self.late(mode, 3 * size / 1e9 / max(rates.values())):
+        asked = None
+        for mode in ("page cache", "direct"):
+            each = size / 1e9 / (best if mode == "direct" else 3.0)
+            if self.late(f"disk_{mode.replace(' ', '_')}", 15 + each * (1 if mode == "direct" else 2)):
                 continue
+            options: dict[str, Any] = {} if self.rehearse else {"device_memory": cap}
             free = start.available
-            if mode == "direct":
-                start.available = lambda: 0  # as if the host's memory could not hold the layers
+            start.available = (lambda: 0) if mode == "direct" else (lambda: 1 << 50)
             try:
                 engine = jaxinfer.init_inference(
-                    store, {"tensor": 1}, progress=False, **options | ({"device_memory": None} if self.rehearse else {})
-                )
+                    store, {"tensor": 1}, progress=False, offload="disk", max_batch=16, max_model_len=256,
+                    host_memory=HOST_MEMORY, **options,
+                )  # fmt: skip
             finally:
                 start.available = free
             with engine:
-                asked = self.prompts(engine, 4)
-                asked = [ids[:64] for ids in asked]
-                times = []
-                for tokens in (1, 2):  # the first verifies every byte
-                    begin = time.perf_counter()
-                    said = engine.generate(asked, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
-                    times.append(time.perf_counter() - begin)
-                report = engine.offload_report()
-                report.pop("timeline")
-                step = times[1] / 2
-                read = engine.plan.tiers.disk_bytes
-                self.note(
-                    f"disk_{mode.replace(' ', '_')}",
-                    {
-                        "first_pass_s": times[0], "pass_s": step, "read_gb_s": read / 1e9 / step,
-                        "share_of_o_direct": read / 1e9 / step / max(rates.values()), "model_over_cap": size / cap,
-                        "planned_bytes": engine.plan.total_bytes_per_device, "cap_bytes": cap, "report": report,
-                        "tokens": [output.outputs[0].token_ids for output in said],
-                    },
-                )  # fmt: skip
-            gc.collect()
+                asked = [ids[:64] for ids in self.prompts(engine, 4)]
+                timeline = engine.executor.pager.timeline
+                for which in ("first", "second"):  # the first verifies every byte
+                    if which == "second" and self.late(f"disk_{mode.replace(' ', '_')}_{which}", 2 + each):
+                        continue
+                    before, began = timeline.nbytes["disk"], time.perf_counter()
+                    self.run(engine, asked, 1 if mode == "direct" else 2)
+                    seconds, read = time.perf_counter() - began, timeline.nbytes["disk"] - before
+                    report = engine.offload_report()
+                    report.pop("timeline")
+                    self.note(
+                        f"disk_{mode.replace(' ', '_')}_{which}",
+                        {
+                            "seconds": seconds, "read_bytes": read, "read_gb_s": read / 1e9 / seconds,
+                            "share_of_o_direct": read / 1e9 / seconds / best, "model_over_cap": size / cap,
+                            "planned_bytes": engine.plan.total_bytes_per_device, "cap_bytes": cap,
+                            "slots": engine.plan.tiers.slots, "report": report, "tokens": self.said,
+                        },
+                    )  # fmt: skip
+        if asked is None or self.late("disk_resident", 10 + size / 3e9):
+            return
+        shape = {"max_batch": 16, "max_model_len": 256}
+        with jaxinfer.init_inference(store, {"tensor": 1}, progress=False, **shape) as engine:
+            self.run(engine, asked, 2)
+            paged = self.found.get("disk_page_cache_second", {}).get("tokens")
+            direct = self.found.get("disk_direct_first", {}).get("tokens")
+            found = {"tokens": self.said, "page_cache_agrees": paged == self.said}
+            if direct is not None:
+                found["direct_agrees"] = direct == [ids[:1] for ids in self.said]
+            self.note("disk_resident", found)
 
-    def engine(self, model: str, **options: Any) -> Any:
-        """A paged engine of a model with random weights."""
+    @contextlib.contextmanager
+    def paged(self, model: str, **options: Any) -> Iterator[Any]:
+        """A paged engine of a model with random weights, in memory that the next one gets again."""
         folder = shapes.folder(model, self.root, tiny=self.rehearse)
-        options |= {"max_model_len": self.prompt + 64}
-        return jaxinfer.init_inference(
-            folder, {"tensor": 1}, offload="host", load_format="dummy", progress=False, **options
-        )
+        own = start.HostBuffer
+        self.arena.begin()
+        start.HostBuffer = self.arena.buffer
+        try:
+            with same_layers(self.arena):
+                engine = jaxinfer.init_inference(
+                    folder, {"tensor": 1}, offload="host", load_format="dummy", progress=False,
+                    max_model_len=self.prompt + 64, host_memory=HOST_MEMORY, **options,
+                )  # fmt: skip
+        finally:
+            start.HostBuffer = own
+        with engine:
+            yield engine
+        del engine
+        gc.collect()
 
 
 @contextlib.contextmanager
-def same_layers() -> Iterator[None]:
-    """Draw one layer, and copy it for the others: the processor draws slowly."""
+def same_layers(arena: Arena) -> Iterator[None]:
+    """Draw one layer, and copy it for the others: the processor draws slowly. What an arena holds is left there."""
     fill, drawn = start._Filler.fill, {}
 
     def faster(self: Any, layer: int, packing: Any, parts: list[np.ndarray]) -> None:
+        place = parts[0].ctypes.data
+        if arena.holds.get(place) == packing:
+            drawn.setdefault(packing, parts)
+            return
         if packing not in drawn:
+            arena.holds.clear()  # of another packing, over which these are written
             fill(self, layer, packing, parts)
             drawn[packing] = parts
-            return
-        jobs = [
-            (target[at : at + PIECE], source[at : at + PIECE])
-            for target, source in zip(parts, drawn[packing], strict=True)
-            for at in range(0, len(target), PIECE)
-        ]
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda job: np.copyto(*job), jobs))
+        else:
+            jobs = [
+                (target[at : at + PIECE], source[at : at + PIECE])
+                for target, source in zip(parts, drawn[packing], strict=True)
+                for at in range(0, len(target), PIECE)
+            ]
+            with ThreadPoolExecutor(16) as pool:
+                list(pool.map(lambda job: np.copyto(*job), jobs))
+        arena.holds[place] = packing
 
     start._Filler.fill = faster
     try:
@@ -255,10 +353,11 @@ def same_layers() -> Iterator[None]:
         start._Filler.fill = fill
 
 
-def make_store(folder: Path, place: Path) -> None:
-    """Write a store of random weights, without a checkpoint that it would be converted from."""
+def make_store(folder: Path, place: Path, said: Callable[[int, int], None], threads: int = 4) -> None:
+    """Write a store of random weights, without a checkpoint that it would be converted from; several groups at once."""
     if place.exists():
         return
+    tile = (0.02 * np.random.default_rng(0).standard_normal(1 << 20, np.float32)).astype(conversion.DTYPES["bfloat16"])
 
     class Made(conversion._Conversion):
         """A conversion from nothing."""
@@ -271,17 +370,28 @@ def make_store(folder: Path, place: Path) -> None:
 
         def _array(self, path: str, dtype: np.dtype) -> np.ndarray:
             shape = self.parameters[path].shape
-            rng = np.random.default_rng(len(path))
-            tile = (0.02 * rng.standard_normal(1 << 20, np.float32)).astype(dtype)
-            whole = np.resize(tile, shape)
-            return np.ones_like(whole) if path.endswith("norm.scale") or ".norms." in path else whole
+            if path.endswith("norm.scale") or ".norms." in path:
+                return np.ones(shape, dtype)
+            # Layers that differ, or the tokens would not tell that one had stood in for another.
+            return np.resize(np.roll(tile, zlib.crc32(path.encode())), shape)
+
+        def write_all(self) -> None:
+            """Write every group; :meth:`run` finds them there."""
+            (self.store / WEIGHTS).mkdir(parents=True, exist_ok=True)
+            self.notes.mkdir(exist_ok=True)
+            self._check_space({})
+            with ThreadPoolExecutor(threads) as pool:
+                for done, _ in enumerate(pool.map(self._write, self.groups), 1):
+                    if not done % 10:
+                        said(done, len(self.groups))
 
     with Pretrained(folder, "dummy") as pretrained:
         made = Made(pretrained, None, {}, place, "bfloat16", None)  # type: ignore[arg-type]
         with made.opened() as finished:
             if not finished:
+                made.write_all()
                 made.run(False)
-        conversion.shutil.rmtree(made.folder)
+        shutil.rmtree(made.folder)
 
 
 def direct_rate(files: list[Path], threads: int, most: int = 2 << 30) -> float:
@@ -311,13 +421,17 @@ def direct_rate(files: list[Path], threads: int, most: int = 2 << 30) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("host", "largest", "disk"))
+    parser.add_argument("parts", nargs="+", choices=("host", "largest", "disk"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="where the store is made, on the disk that is measured")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing new is begun")
+    parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun that would end later")
     parser.add_argument("--micro-tokens", type=int, help="most prompt tokens that a layer computes at a time")
+    parser.add_argument("--slots", type=int, help="paged layers that the device holds at once")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on a CPU")
     bench = Bench(parser.parse_args())
     if bench.given.micro_tokens:
         tiers.MICRO_TOKENS = bench.given.micro_tokens
-    getattr(bench, bench.given.part)()
+    if bench.given.slots:
+        tiers.DEVICE_SLOTS = bench.given.slots
+    for part in bench.given.parts:
+        getattr(bench, part)()

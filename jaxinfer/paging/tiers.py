@@ -167,6 +167,7 @@ def unassigned(plan: Plan, offload: str, device_memory: int | None, host_memory:
         layers=on_disk,
         layer_bytes=tuple(packing.moved_bytes for packing in packings),
         buffer_bytes=tuple(packing.nbytes * packing.parts for packing in packings),
+        slots=DEVICE_SLOTS,
         ring=RING_SLOTS,
         micro_tokens=MICRO_TOKENS,
         device_memory=device_memory,
@@ -244,7 +245,7 @@ def assign(
         needed = sum(first.buffer_bytes[i] for i in others)
         raise CapacityError(
             f"host memory: {len(others)} layers need {size(needed)}, got {size(first.host_memory or 0)}; "
-            "offload='auto' keeps the rest on disk"
+            "host_memory says how much may be used, and offload='auto' keeps the rest on disk"
         )
     if in_host < len(others) and first.offload != "host" and not on_disk:
         raise ConfigError(

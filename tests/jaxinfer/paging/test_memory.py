@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -44,6 +45,22 @@ def test_a_buffer_of_an_accelerator_is_registered_once_at_its_exact_size():
     buffer.close()
     assert client.mapped == {}
     buffer.close()
+
+
+def test_memory_is_there_before_it_is_registered():
+    """The driver would have its pages one by one."""
+    found = []
+
+    class Watching(Client):
+        def dma_map(self, address, nbytes):
+            lines = iter(Path("/proc/self/smaps").read_text(encoding="ascii").splitlines())
+            span = next(line for line in lines if line.startswith(f"{address:x}-"))
+            found.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("Rss:")))
+            assert int(span.split()[0].split("-")[1], 16) - address >= nbytes
+
+    size = (64 << 20) + 3 * PAGE
+    HostBuffer(size, SimpleNamespace(platform="gpu", client=Watching()))
+    assert found == [size]
 
 
 def test_what_the_driver_refuses_is_an_error_of_one_line():
