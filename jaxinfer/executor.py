@@ -38,6 +38,9 @@ CACHE_AXES = ("blocks", "kv_heads", "block_tokens", "head_dim")
 ERROR_TOKEN = -1
 """Stands for a token where the logits were not finite."""
 
+MANY_TOKENS = 4096
+"""Tokens of a prefill step from which :func:`compiler_options` knows better than XLA's defaults."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -368,7 +371,9 @@ class Executor:
         kept = (cache_specs, self._rows, self._rows)
         given = (self._leaves, self.caches, self.last, penalties, inputs)
         in_specs = (self._leaf_specs, *kept, self._rows)
-        return self._compile(key, description, body, given, in_specs, (*kept, *result_specs), (1, 2, 3))
+        tokens = inputs.tokens.size // self.plan.shards if isinstance(inputs, PrefillInputs) else 0
+        options = compiler_options(Device.of(self.mesh.devices.flat[0]), tokens)
+        return self._compile(key, description, body, given, in_specs, (*kept, *result_specs), (1, 2, 3), options)
 
     def _compile(
         self,
@@ -379,6 +384,7 @@ class Executor:
         in_specs: tuple[Any, ...],
         out_specs: Any,
         donated: tuple[int, ...],
+        options: dict[str, str] | None = None,
     ) -> Any:
         """Compile a body that runs under ``shard_map``, and keep it."""
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -391,7 +397,7 @@ class Executor:
         # By the mesh's devices, which need not be those that JAX takes by default, nor be here.
         chosen = compiling_for(Device.of(self.mesh.devices.flat[0]))
         with self._on_compile(description), precision, chosen:
-            compiled = jitted.lower(*arguments).compile(compiler_options=compiler_options(key[0]))
+            compiled = jitted.lower(*arguments).compile(compiler_options=options)
         self._compiled[key] = compiled
         return compiled
 
@@ -443,9 +449,13 @@ def _fetching[Tree](tree: Tree) -> Tree:
     return tree
 
 
-def compiler_options(kind: str) -> dict[str, str]:
-    """Options of XLA for a kind of step."""
-    return {}
+def compiler_options(on: Device, rows: int) -> dict[str, str]:
+    """Options of XLA for a prefill step of so many tokens.
+
+    Without its Triton products XLA leaves the addition of the residual to cuBLASLt. On an H200, 8 x 2040 tokens, that
+    took 11.07 ms a layer instead of 11.34 (``benchmarks/prefill_variants.py``). Fewer tokens have not been timed.
+    """
+    return {"xla_gpu_enable_triton_gemm": "False"} if on.hopper and rows >= MANY_TOKENS else {}
 
 
 def _shapes(tree: Any) -> tuple[Any, ...]:
