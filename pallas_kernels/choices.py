@@ -34,9 +34,10 @@ RotaryImplementation = Literal["jnp", "mosaic"]
 MAX_REDUCE_HEADS = 2
 """Query heads per key head up to which ``reduce`` is chosen: each of them multiplies every key once more."""
 
-MAX_LINEAR_ROWS = 8
-"""Rows up to which a product is the kernel's: those that one wgmma instruction holds, so that they cost what one does,
-which has been timed beside XLA. The kernel runs up to 64, which have not."""
+MAX_LINEAR_ROWS = 16
+"""Rows up to which a product is the kernel's, which runs up to 64. A decode step of a 7B Llama in bfloat16 at 16 rows
+took 4.90 ms with the kernels and 5.27 with XLA's products (``benchmarks/decode_variants.py``, one H200); more rows have
+not been timed, nor quantized weights at 9 rows and more."""
 
 MIN_GATED_ROWS = 4096
 """Rows from which a gated product and its activation are one kernel: so many that its tiles fill the GPU many times."""

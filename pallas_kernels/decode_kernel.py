@@ -82,15 +82,17 @@ def split_attention(
     narrow = key_scales is not None and value_scales is not None
     factors = {"keys": key_scales, "values": value_scales} if narrow else {}
     # TMA fills what is past an array's end with zeros, so that fewer than 8 heads are one tile as they lie in memory;
-    # more must be whole tiles. Rows are one vector, since TMA's strides are multiples of 16 bytes: their last columns
-    # are another head's, and the results there are dropped.
+    # more must be whole tiles.
     if heads > 8:
         query = jnp.pad(query, ((0, 0), (0, 0), (0, columns - heads), (0, 0)))
+    # Of parameters, so that XLA pads them before all steps.
+    padding = ((0, 0), (0, columns - heads))
     rows: dict[str, jax.Array] = {}
     if bias is not None:
-        rows["slopes"] = bias.slopes.reshape(-1)
+        slopes = bias.slopes.astype(jnp.float32)
+        rows["slopes"] = jnp.pad(lax.reduce_precision(slopes, 8, 7) if bias.bfloat16 else slopes, padding)
     if sinks is not None and whole:
-        rows["sinks"] = sinks.reshape(-1)
+        rows["sinks"] = jnp.pad(sinks.astype(jnp.float32) * LOG2E, padding)
     out_type: dict[str, Any] = {
         "out": jax.ShapeDtypeStruct(
             (batch, groups, 1 if whole else splits, heads, dim), dtype if whole else jnp.float32
@@ -105,12 +107,12 @@ def split_attention(
         return lax.broadcast_in_dim(row, (size, columns), [1])
 
     def load_row(ref: Any) -> Any:
-        return plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+        return plgpu.load(ref, layout=layout.reduce(0), optimized=False)
 
     def decode_attention_kernel(
         query_gmem: Any, keys_gmem: Any, values_gmem: Any, tables_gmem: Any, lengths_gmem: Any, rows_gmem: Any,
         factors_gmem: Any, out_gmem: Any, query_smem: Any, keys_smem: Any, values_smem: Any, weights_smem: Any,
-        out_smem: Any, rows_smem: Any, query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any,
+        out_smem: Any, query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any,
         values_used: Any, widened: Any, merged: Any, sent: Any,
     ) -> None:  # fmt: skip
         sequence, group, split = (lax.axis_index(name) for name in ("sequence", "group", "split"))
@@ -215,10 +217,7 @@ def split_attention(
                 places = positions.astype(jnp.float32)
                 if bias.bfloat16:
                     places = places.astype(jnp.bfloat16).astype(jnp.float32)
-                slopes = load_row(rows_smem["slopes"])
-                if bias.bfloat16:
-                    slopes = slopes.astype(jnp.bfloat16).astype(jnp.float32)
-                alibi = across(slopes, BLOCK_SIZE) * places
+                alibi = across(load_row(rows_gmem["slopes"].at[group]), BLOCK_SIZE) * places
                 if bias.bfloat16:
                     alibi = alibi.astype(jnp.bfloat16).astype(jnp.float32)
             if alibi is not None and bias is not None and bias.scaled:
@@ -301,8 +300,6 @@ def split_attention(
             # Rows past the end are zeros; where heads are whole tiles there are none.
             source = query_gmem.at[sequence, group, pl.ds(0, columns)]
             plgpu.copy_gmem_to_smem(source, query_smem, query_ready)
-            for name, row in rows_gmem.items():
-                plgpu.copy_gmem_to_smem(row.at[pl.ds(group * heads, columns)], rows_smem[name], query_ready)
 
         def consume() -> None:
             if config.ahead:
@@ -377,7 +374,7 @@ def split_attention(
                 tops = [plgpu.load(at.at[peer], layout=layout, optimized=False) for peer in range(splits)]
                 top = functools.reduce(jnp.maximum, tops)
                 if "sinks" in rows:
-                    sink = across(load_row(rows_smem["sinks"]) * LOG2E, size)
+                    sink = across(load_row(rows_gmem["sinks"].at[group]), size)
                     top = jnp.maximum(top, sink)
                 total = jnp.exp2(sink - top) if "sinks" in rows else jnp.zeros_like(top)
                 out = jnp.zeros_like(top)
@@ -392,7 +389,7 @@ def split_attention(
             """Write the result, or this split's share of it."""
             if splits == 1:
                 if "sinks" in rows:
-                    sink = load_row(rows_smem["sinks"]) * LOG2E
+                    sink = load_row(rows_gmem["sinks"].at[group])
                     raised = jnp.maximum(maximum, sink)
                     fade = jnp.exp2(maximum - raised)
                     factor = fade / (total * fade + jnp.exp2(sink - raised))
@@ -473,8 +470,7 @@ def split_attention(
             # wgmma has one swizzle for both operands.
             plgpu.SMEM((consumers, columns, BLOCK_SIZE), dtype, transforms=_transforms(math.gcd(dim, BLOCK_SIZE))),
             [plgpu.SMEM((columns, size), out_type["out"].dtype, transforms=staging) for _, size in parts],
-            {name: plgpu.SMEM((columns,), row.dtype) for name, row in rows.items()},
-            plgpu.Barrier(num_arrivals=1 + len(rows)),
+            plgpu.Barrier(),
             *(plgpu.Barrier(num_arrivals=1 + narrow, num_barriers=stages) for _ in range(2)),
             *(plgpu.Barrier(num_barriers=stages) for _ in range(2)),
             widened,
