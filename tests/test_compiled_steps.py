@@ -34,7 +34,7 @@ def test_a_layer_of_a_decode_step_is_five_kernels(name: str, compiled: dict[str,
 
 @pytest.mark.parametrize("name", [name for name in steps.CASES if "prefill" in name])
 def test_a_layer_of_a_prefill_step_is_two_kernels(name: str, compiled: dict[str, steps.Step]):
-    """Rotation with cache write, but not of packed prompts, and attention; in float32 and over 8 bits XLA does it all."""
+    """Rotation with cache write, but not of packed prompts, and attention; in float32 and over 8 bits neither."""
     kernels = {"rotary_cache": LAYERS, "prefill_attention_kernel": LAYERS}
     if name == "llama, packed prefill":
         del kernels["rotary_cache"]
