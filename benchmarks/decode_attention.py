@@ -32,8 +32,8 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Bias
-from pallas_kernels.decode_attention import decode_attention, decode_config
-from pallas_kernels.decode_kernel import DecodeConfig
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_config import DecodeConfig, decode_config
 
 POOL_BYTES = 1 << 30  # of keys, and as much of values: a chain of calls walks through it
 ROUNDS, REPEATS = 3, 5

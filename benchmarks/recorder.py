@@ -82,7 +82,7 @@ class Recorder:
                 (inputs, features, wish),
             )
         )
-        return Drawn(np.zeros(rows, np.int32)), PromptReport()
+        return Drawn(np.zeros(len(inputs.last), np.int32)), PromptReport()
 
     def decode(self, inputs: Any, features: Any) -> Drawn:
         """Note a decode step of several tokens."""
@@ -94,17 +94,17 @@ class Recorder:
         self.steps.append(
             Step(
                 "decode",
-                chunk * self.batch,
+                chunk * len(inputs.slots),
                 int(steps.sum()),
                 context,
                 width,
-                self.batch,
+                len(inputs.slots),
                 int((steps > 0).sum()),
                 key,
                 (inputs, features),
             )
         )
-        return Drawn(np.zeros((chunk, self.batch), np.int32))
+        return Drawn(np.zeros((chunk, len(inputs.slots)), np.int32))
 
     def programs(self) -> list[Step]:
         """One step for each program that the run needs."""

@@ -2,9 +2,9 @@
 
     python benchmarks/requests_model.py --slots 256 --prefill-tokens 8192
 
-The real scheduler and runner hand out the steps (:mod:`recorder`); each is costed by the device's rates. ``--packed``,
-``--compact`` and ``--early`` cost changes that the engine does not have. It is a prediction, to be held against the row
-``requests`` of :mod:`table`; the host's seconds alone are measured, on the machine that this runs on.
+The real scheduler and runner hand out the steps (:mod:`recorder`); each is costed by the device's rates. It is a
+prediction, to be held against the row ``requests`` of :mod:`table`; the host's seconds alone are measured, on the
+machine that this runs on.
 """
 
 from __future__ import annotations
@@ -16,18 +16,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import recorder
 import shapes
 import table_ours
 
-COPY, PRODUCTS = 4.22e12, 6.0e14
-"""Bytes per second of a copy, measured; operations per second of XLA's products in a prefill, 540 to 620 measured."""
+PREFILL = 5.9e14
+"""Operations per second of a prefill step, everything in it counted as time: 587 to 593 TFLOP/s at 8 x 2040 tokens."""
+SPREAD = 0.03
+"""More time of a packed step, for the queries and results that are moved to rows and back: bytes, not measured."""
+CACHE = 4.24e12
+"""Bytes per second at which decode attention reads keys and values: 64 sequences of 512 tokens."""
+ROWS, STEP_MS = (1, 16, 64), (3.47, 3.25, 4.47)
+"""Milliseconds of a decode step without its attention, at so many rows: kernels of traces, 7B in bfloat16."""
 DECODE_PRODUCTS = 5.5e14
-"""The same with a few hundred rows, an assumption."""
-WEIGHTS_SHARE = 0.85
-"""Share of the copy bandwidth at which products of few rows read weights, an assumption for the kernels' aim."""
-LAUNCH = 3e-3
-"""Seconds of a step's fixed costs."""
+"""Operations per second of products with more rows than that, an assumption."""
+AROUND_MS = 0.0075
+"""Milliseconds of a decode step for each row beyond those of ROWS: what runs between products, an assumption."""
+IDLE_MS = 0.22
+"""Milliseconds of a decode step in which no kernel runs: 8.74 ms against 8.52 of kernels."""
+LAUNCH = 1e-3
+"""Seconds of a step's fixed costs, an assumption."""
 
 
 def engine(slots: int, prefill_tokens: int, chunk: int) -> Any:
@@ -55,55 +64,23 @@ def engine(slots: int, prefill_tokens: int, chunk: int) -> Any:
     return made
 
 
-def release_early(runner: Any) -> None:
-    """Free the slot and blocks of a sequence when its last token is handed out, not when it is seen."""
-    scheduler, decode = runner.scheduler, runner._decode
-    release = scheduler._release
-
-    def once(sequence: Any) -> None:
-        if sequence.slot is not None:
-            release(sequence)
-
-    def decode_then_release(step: Any) -> None:
-        decode(step)
-        for rows in step.rows:
-            for row in rows:
-                if row.sequence.dispatched >= row.sequence.max_tokens:
-                    release(row.sequence)
-
-    scheduler._release, runner._decode = once, decode_then_release
-
-
-def cost(step: recorder.Step, plan: Any, *, kernels: bool, packed: bool, compact: bool) -> float:
-    """Seconds of a step.
-
-    Args:
-        step: the step.
-        plan: the plan.
-        kernels: attention reads the blocks that sequences have, not a table's width for every slot.
-        packed: prefill computes no padding but that to whole rows of 128 tokens.
-        compact: decode computes the slots in use, rounded up to 32, not all of them.
-    """
-    per_token = table_ours.layer_flops(plan)
-    weights = table_ours.weight_bytes(plan) / COPY / WEIGHTS_SHARE
-    token = 2 * plan.spec.num_layers * plan.layout.kv_groups * plan.spec.head_dim * 2
+def cost(step: recorder.Step, plan: Any) -> float:
+    """Seconds of a step."""
     if step.kind == "prefill":
-        tokens = -(-step.real // 128) * 128 if packed else step.padded
-        return LAUNCH + max(tokens * per_token / PRODUCTS, weights)
-    chunk = plan.decode_chunk
-    count = -(-step.active // 32) * 32 if compact else step.rows
-    rows = count * (per_token + table_ours.head_flops(plan)) / DECODE_PRODUCTS
-    cached = step.context if kernels else chunk * count * step.width * 64
-    return chunk * max(rows, weights) + cached * token / COPY / 0.9 + LAUNCH
+        work = step.padded * table_ours.layer_flops(plan) / PREFILL * (1 + SPREAD * (step.rows == 1))
+        return LAUNCH + max(work, table_ours.weight_bytes(plan) / CACHE / 0.85)
+    token = 2 * plan.spec.num_layers * plan.layout.kv_groups * plan.spec.head_dim * 2
+    most = ROWS[-1]
+    products = float(np.interp(step.rows, ROWS, STEP_MS))
+    if step.rows > most:
+        work = step.rows * (table_ours.layer_flops(plan) + table_ours.head_flops(plan)) / DECODE_PRODUCTS
+        products = max(products, 1e3 * work) + AROUND_MS * (step.rows - most)
+    return LAUNCH + plan.decode_chunk * 1e-3 * (products + IDLE_MS) + step.context * token / CACHE
 
 
-def predict(
-    slots: int, prefill_tokens: int, chunk: int, *, kernels: bool, packed: bool, compact: bool, early: bool
-) -> dict[str, Any]:
+def predict(slots: int, prefill_tokens: int, chunk: int) -> dict[str, Any]:
     """Run the requests through the scheduler and cost what it hands out."""
     made = engine(slots, prefill_tokens, chunk)
-    if early:
-        release_early(made._runner)
     asked, wanted = table_ours.lengths(512, tiny=False)
     ctx = table_ours.Context(False, Path())
     prompts, params = ctx.prompts(made, asked), [table_ours.greedy(int(n)) for n in wanted]
@@ -111,8 +88,7 @@ def predict(
     noted, host = recorder.rehearse(made, prompts, params)
     plan = made.plan
     seconds = {
-        kind: sum(cost(s, plan, kernels=kernels, packed=packed, compact=compact) for s in noted.steps if s.kind == kind)
-        for kind in ("prefill", "decode")
+        kind: sum(cost(step, plan) for step in noted.steps if step.kind == kind) for kind in ("prefill", "decode")
     }
     total = sum(seconds.values())
     return {
@@ -129,14 +105,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--prefill-tokens", type=int, default=8192)
     parser.add_argument("--chunk", type=int, default=16)
-    parser.add_argument("--no-kernels", action="store_true", help="attention reads a table's width for every slot")
-    parser.add_argument("--packed", action="store_true", help="prefill without padding, which is not implemented")
-    parser.add_argument("--compact", action="store_true", help="decode of the slots in use, which is not implemented")
-    parser.add_argument("--early", action="store_true", help="slots free when a last token is handed out, the same")
     args = parser.parse_args()
     start = time.perf_counter()
-    changes = {name: getattr(args, name) for name in ("packed", "compact", "early")}
-    found = predict(args.slots, args.prefill_tokens, args.chunk, kernels=not args.no_kernels, **changes)
+    found = predict(args.slots, args.prefill_tokens, args.chunk)
     print(json.dumps(found | {"took_s": time.perf_counter() - start}, indent=1))
 
 

@@ -219,6 +219,7 @@ def _noise(engine: Any, batch: int, context: int) -> tuple[Any, Any]:
     long = np.zeros(batch, bool) if engine.spec.long_from is not None else None
     tables = order[: batch * width].reshape(batch, width).astype(np.int32)
     inputs = DecodeInputs(
+        slots=np.arange(batch, dtype=np.int32),
         positions=whole * (context - chunk),
         steps=whole * chunk,
         step=whole,
@@ -357,7 +358,8 @@ def account(noted: Any, produced: int) -> dict[str, Any]:
         "prefill_steps": len(kinds["prefill"]), "prompt_tokens": prefilled[1],
         "prefill_useful": prefilled[1] / prefilled[0],
         "decode_chunks": len(kinds["decode"]), "decode_useful": decoded[1] / max(decoded[0], 1),
-        "mean_batch": decoded[1] / max(1, decoded[0] // max(noted.batch, 1)), "from_prefill": produced - decoded[1],
+        "mean_batch": decoded[1] / max(1, len(kinds["decode"]) * noted.plan.decode_chunk),
+        "from_prefill": produced - decoded[1],
     }  # fmt: skip
 
 

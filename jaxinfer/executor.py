@@ -28,7 +28,7 @@ from jaxinfer.generation.sampling import (
     rank_logprobs,
     sample,
 )
-from jaxinfer.models.attention import Batch, LayerCache
+from jaxinfer.models.attention import Batch, LayerCache, Pieces
 from jaxinfer.models.decoder import Decoder, abstract, parameters
 from jaxinfer.plan import Plan
 from pallas_kernels import Device, compiling_for
@@ -54,6 +54,9 @@ class PrefillInputs:
         long: bool [P], or None; see :class:`jaxinfer.models.attention.Batch`.
         targets: int32 [P, C], the token after each one, for the log-probabilities of the prompt; None without them.
         history: int32 [P, 2, H] prompt and output tokens so far, padded, where penalties need them; else None.
+        pieces: None where each row is a chunk of one sequence. In a packed step, whose ``tokens`` and ``positions`` are
+            [shards, T], int32 [P, L]: the token that stands at each place of the rows of attention, T where none does.
+            ``tables`` then are those rows', and ``last``, a place among the T tokens, and all else the sequences'.
     """
 
     tokens: Array
@@ -66,22 +69,25 @@ class PrefillInputs:
     long: Array | None = None
     targets: Array | None = None
     history: Array | None = None
+    pieces: Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeInputs:
-    """What a decode step is given, slots of all data shards one after the other.
+    """What a decode step is given, sequences of all data shards one after the other.
 
     Attributes:
+        slots: int32 [B], where each has its last token; the number of slots for a row that no sequence has.
         positions: int32 [B], place of the token that is fed first.
-        steps: int32 [B], tokens to advance by; 0 for an empty slot.
+        steps: int32 [B], tokens to advance by; 0 where there is no sequence.
         step: int32 [B], output tokens before the first.
         tables: int32 [B, W] block tables.
-        rows: sampling parameters of the slots.
+        rows: sampling parameters.
         long: bool [B], or None.
     """
 
+    slots: Array
     positions: Array
     steps: Array
     step: Array
@@ -189,7 +195,8 @@ class Executor:
         rows, tokens = inputs.tokens.shape
         step = self._step(
             key,
-            f"prefill of {rows} x {tokens} tokens, context {inputs.tables.shape[1] * 64}",
+            f"{'' if inputs.pieces is None else 'packed '}prefill of {rows} x {tokens} tokens, "
+            f"context {inputs.tables.shape[1] * 64}",
             functools.partial(self._prefill_body, features=features, wish=wish),
             (inputs, penalties),
             (self._rows, self._rows),
@@ -202,13 +209,13 @@ class Executor:
         return _fetching(drawn), _fetching(report)
 
     def decode(self, inputs: DecodeInputs, features: SamplerFeatures) -> Drawn:
-        """Advance every slot by the plan's ``decode_chunk`` tokens, or fewer where it says so. Returns at once."""
+        """Advance sequences by the plan's ``decode_chunk`` tokens, or fewer where it says so. Returns at once."""
         if self.trace is not None:
             self.trace.append(("decode", functools.partial(self.decode, inputs, features)))
         penalties = self._penalty_state() if features.penalties else None
         step = self._step(
             ("decode", _shapes(inputs), features),
-            f"decode of {self.batch} slots, context {inputs.tables.shape[1] * 64}",
+            f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}",
             functools.partial(self._decode_body, features=features),
             (inputs, penalties),
             (self._steps_rows, None),
@@ -250,7 +257,8 @@ class Executor:
         wish: PromptWish,
     ) -> tuple[list[LayerCache], jax.Array, PenaltyState | None, Drawn, PromptReport]:
         model = self._model(leaves)
-        batch = Batch(inputs.tokens, inputs.positions, inputs.tables, inputs.long)
+        pieces = None if inputs.pieces is None else Pieces.of(inputs.pieces, inputs.positions, inputs.tables)
+        batch = Batch(inputs.tokens, inputs.positions, inputs.tables, inputs.long, pieces)
         hidden, caches = model.hidden_states(batch, caches)
         return caches, *self._prefill_end(model, hidden, last, penalties, inputs, features, wish)
 
@@ -265,7 +273,7 @@ class Executor:
         wish: PromptWish,
     ) -> tuple[jax.Array, PenaltyState | None, Drawn, PromptReport]:
         """What comes after the layers of a prefill step."""
-        rows = jnp.arange(hidden.shape[0])
+        rows = jnp.arange(hidden.shape[0]) if inputs.pieces is None else 0
         logits = model.logits(hidden[rows, inputs.last])
         own: Any = None  # a PenaltyState where penalties are asked for
         if features.penalties:
@@ -312,12 +320,14 @@ class Executor:
 
         # A static trip count: a while loop that looks at its data syncs with the host at every token.
         steps = jnp.arange(self.plan.decode_chunk, dtype=jnp.int32)
-        (caches, last, penalties), drawn = jax.lax.scan(one, (caches, last, penalties), steps)
+        mine: Any = (caches, _seated(last, inputs.slots), _seated(penalties, inputs.slots))
+        (caches, *found), drawn = jax.lax.scan(one, mine, steps)
+        last, penalties = _kept(last, inputs.slots, found[0]), _kept(penalties, inputs.slots, found[1])
         return caches, last, penalties, drawn, None
 
     @staticmethod
     def _decode_batch(last: jax.Array, inputs: DecodeInputs, index: jax.Array) -> Batch:
-        """The tokens that advance every slot by one, the ``index``-th time."""
+        """The tokens that advance every sequence by one, the ``index``-th time; ``last`` is theirs."""
         positions = jnp.where(index < inputs.steps, inputs.positions + index, -1)
         return Batch(last[:, None], positions[:, None], inputs.tables, inputs.long)
 
@@ -331,7 +341,7 @@ class Executor:
         index: jax.Array,
         features: SamplerFeatures,
     ) -> tuple[jax.Array, Any, Drawn]:
-        """What comes after the layers of a decode step; penalties as they came: a PenaltyState, or None."""
+        """What comes after the layers of a decode step; last tokens and penalties are those of its sequences."""
         sampled, penalties = sample(model.logits(hidden[:, 0]), inputs.rows, penalties, inputs.step + index, features)
         return jnp.where(index < inputs.steps, sampled.token, last), penalties, _drawn(sampled, features)
 
@@ -381,7 +391,7 @@ class Executor:
         # By the mesh's devices, which need not be those that JAX takes by default, nor be here.
         chosen = compiling_for(Device.of(self.mesh.devices.flat[0]))
         with self._on_compile(description), precision, chosen:
-            compiled = jitted.lower(*arguments).compile()
+            compiled = jitted.lower(*arguments).compile(compiler_options=compiler_options(key[0]))
         self._compiled[key] = compiled
         return compiled
 
@@ -409,6 +419,16 @@ class Executor:
         return NamedSharding(self.mesh, spec)
 
 
+def _seated[State](values: State, slots: jax.Array) -> State:
+    """What the sequences in some slots have of values [slots, ...]."""
+    return jax.tree.map(lambda all_: jnp.take(all_, slots, axis=0, mode="clip"), values)
+
+
+def _kept[State](values: State, slots: jax.Array, new: State) -> State:
+    """Values with what those sequences have now; what is no slot's is dropped."""
+    return jax.tree.map(lambda all_, own: all_.at[slots].set(own, mode="drop"), values, new)
+
+
 def _drawn(sampled: Any, features: SamplerFeatures) -> Drawn:
     tokens = jnp.where(sampled.finite, sampled.token, ERROR_TOKEN)
     if not features.logprobs:
@@ -423,6 +443,11 @@ def _fetching[Tree](tree: Tree) -> Tree:
     return tree
 
 
+def compiler_options(kind: str) -> dict[str, str]:
+    """Options of XLA for a kind of step."""
+    return {}
+
+
 def _shapes(tree: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(tree)
-    return (structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
+    return (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))

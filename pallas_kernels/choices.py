@@ -7,8 +7,7 @@ unless :func:`compiling_for` names another, as whoever lays arrays out over a me
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +21,16 @@ AttentionImplementation = Literal["dot", "reduce", "mosaic"]
 LinearImplementation = Literal["dot", "mosaic"]
 """Of a product with a weight: XLA's matrix product and what it fuses to it, or the Hopper kernel."""
 
+QkvImplementation = Literal["apart", "mosaic"]
+"""Of query, key and value with their positions and the write into the cache: a product and XLA's fusions after it, or
+one Hopper kernel for all."""
+
+RotaryKind = Literal["halves", "partial", "interleaved"]
+"""Which entries of a head a rotation mixes: entry ``i`` of one half with entry ``i`` of the other; the same of the
+halves of a part of the head; or neighbours."""
+RotaryImplementation = Literal["jnp", "mosaic"]
+"""Of rotation and cache write: what XLA makes of each, or the Hopper kernel that does both."""
+
 MAX_REDUCE_HEADS = 2
 """Query heads per key head up to which ``reduce`` is chosen: each of them multiplies every key once more."""
 
@@ -29,12 +38,14 @@ MAX_LINEAR_ROWS = 8
 """Rows up to which a product is the kernel's: those that one wgmma instruction holds, so that they cost what one does,
 which has been timed beside XLA. The kernel runs up to 64, which have not."""
 
+MIN_GATED_ROWS = 4096
+"""Rows from which a gated product and its activation are one kernel: so many that its tiles fill the GPU many times."""
+
 LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
 
-FUSED_NORMS: tuple[str, ...] = ("rms",)
-"""Kinds of norm that the kernel of products computes itself; XLA normalises its input for the others. ``layer`` joins
-them when the kernel's LayerNorm has been seen to be right on a GPU."""
+FUSED_NORMS: tuple[str, ...] = ("rms", "layer")
+"""Kinds of norm that the kernel of products computes itself; XLA normalises its input for the others."""
 
 DECODE_HEADS = {64: 80, 80: 64, 96: 64, 128: 64, 256: 32}
 """Head sizes that the decode attention kernel runs, and the most query heads a key head that each of them allows:
@@ -53,6 +64,9 @@ name, runs all the same. Its times, and its numbers beside float32, were taken o
 
 PREFILL_HEADS = (64, 80, 96, 128, 256)
 """Head sizes that the prefill attention kernel runs."""
+
+ROTARY_HEADS = (64, 128, 256)
+"""Head sizes that the kernel of rotation and cache write runs."""
 
 HALVES = ("bfloat16", "float16")
 
@@ -246,8 +260,90 @@ def linear_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int) 
     return None
 
 
+def rotary_cache_problem(dtype: Any, kv_dtype: Any, *, head_dim: int, pairs: int, interleaved: bool) -> str | None:
+    """Name what the kernel of rotation and cache write cannot run, or None where it can run all."""
+    given, kept = jnp.dtype(dtype).name, jnp.dtype(kv_dtype).name
+    if given not in HALVES:
+        return f"dtype {given}"
+    if kept != given:
+        return f"{given} with keys and values of {kept}"
+    if head_dim not in ROTARY_HEADS:
+        return f"head_dim {head_dim}"
+    if interleaved:
+        return "pairs of neighbours"
+    return None if 2 * pairs == head_dim else f"{2 * pairs} rotated entries of {head_dim}"
+
+
+def rotary_cache_choice(
+    on: Device,
+    *,
+    query_tokens: int,
+    head_dim: int,
+    pairs: int | None,
+    interleaved: bool,
+    dtype: Any,
+    kv_dtype: Any,
+    normed: bool = False,
+) -> Choice[RotaryImplementation]:
+    """Choose what rotates queries and keys and writes keys and values into their blocks.
+
+    Args:
+        on: what is compiled for.
+        query_tokens: new tokens of each sequence.
+        head_dim: entries of a head.
+        pairs: rotated pairs of a head; None: nothing is rotated.
+        interleaved: whether pairs are neighbours.
+        dtype: of queries.
+        kv_dtype: of keys and values as they are stored.
+        normed: whether queries and keys are normalised before they are rotated.
+    """
+    op = "rotation and cache write of prefill" if query_tokens > 1 else "rotation and cache write of decode"
+    if query_tokens == 1:
+        reason = "of one token there is little to write"
+    elif not on.hopper:
+        reason = f"the kernel is made for Hopper, and this is {on}"
+    elif pairs is None:
+        reason = "nothing is rotated"
+    elif normed:
+        reason = "the kernel does not normalise heads"
+    else:
+        problem = rotary_cache_problem(dtype, kv_dtype, head_dim=head_dim, pairs=pairs, interleaved=interleaved)
+        if problem is None:
+            reason = "the kernel does both in one pass over queries, keys and values"
+            return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+        reason = f"the kernel does not run {problem}"
+    return Choice(op=op, implementation="jnp", compiler="XLA", reason=reason)
+
+
+def gated_problem(
+    dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int, biased: bool = False, activation: str | None = None
+) -> str | None:
+    """Name what the kernel of gated products of many rows cannot run, or None where it can run all."""
+    dtype, weight = jnp.dtype(dtype).name, jnp.dtype(weight_dtype).name
+    if dtype not in HALVES:
+        return f"dtype {dtype}"
+    if weight != dtype:
+        return f"weights of {weight} with x of {dtype}"
+    # Rows in memory must be of whole tiles of those in shared memory.
+    for name, size, tile in (("inputs", inputs, 64), ("outputs", outputs, 16)):
+        if size == 0 or size % tile:
+            return f"{size} {name}, which {tile} does not divide"
+    if activation == "gelu":
+        return "the exact GELU, for which registers do not suffice"
+    return "a bias" if biased else None
+
+
 def linear_choice(
-    on: Device, *, rows: int, inputs: int, outputs: int, dtype: Any, weight_dtype: Any
+    on: Device,
+    *,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    dtype: Any,
+    weight_dtype: Any,
+    gated: bool = False,
+    biased: bool = False,
+    activation: str | None = None,
 ) -> Choice[LinearImplementation]:
     """Choose how a product of rows with a weight is computed.
 
@@ -257,7 +353,15 @@ def linear_choice(
         inputs, outputs: of the weight on this device, each half's outputs where it is gated.
         dtype: of x.
         weight_dtype: of the weight as it is stored.
+        gated: whether the weight has two halves.
+        biased: whether a bias is added.
+        activation: what follows the product.
     """
+    if gated and rows >= MIN_GATED_ROWS:
+        problem = gated_problem(
+            dtype, weight_dtype, inputs=inputs, outputs=outputs, biased=biased, activation=activation
+        )
+        return _gated_choice(on, problem)
     op = f"products of up to {MAX_LINEAR_ROWS} rows" if rows <= MAX_LINEAR_ROWS else "products of more rows"
     problem = linear_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs)
     if rows > MAX_LINEAR_ROWS:
@@ -274,93 +378,68 @@ def linear_choice(
     return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """What of a model decides which implementations serve it; sizes are those of one device.
-
-    Attributes:
-        dtype: of activations.
-        heads_per_key: query heads that share a key head.
-        head_dim: entries of a head.
-        kv_dtype: of cached keys and values; None: ``dtype``.
-        products: (name, inputs, outputs, dtype of the weight) of a layer's products; a gated weight's outputs are those
-            of one half.
-        norm: ``rms`` or ``layer``.
-    """
-
-    dtype: str
-    heads_per_key: int
-    head_dim: int
-    kv_dtype: str | None = None
-    products: Sequence[tuple[str, int, int, str]] = ()
-    norm: Literal["rms", "layer"] = "rms"
+def qkv_problem(
+    dtype: Any, weight_dtype: Any, kv_dtype: Any, *, inputs: int, head_dim: int, rotary: RotaryKind | None
+) -> str | None:
+    """Name what the kernel of query, key and value cannot run, whatever the number of rows, or None."""
+    if jnp.dtype(kv_dtype) != jnp.dtype(dtype):
+        return f"keys and values of {jnp.dtype(kv_dtype).name} with x of {jnp.dtype(dtype).name}"
+    if rotary not in (None, "halves"):
+        return f"{rotary} rotary embedding"
+    multiple = 64 if rotary is None else 128
+    if head_dim == 0 or head_dim % multiple:
+        return f"{'' if rotary is None else 'rotated '}heads of {head_dim}, which {multiple} does not divide"
+    return linear_problem(dtype, weight_dtype, inputs=inputs, outputs=head_dim)
 
 
-def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choice[str], ...]:
-    """List what serves each operation.
+def qkv_choice(
+    on: Device,
+    *,
+    rows: int,
+    inputs: int,
+    head_dim: int,
+    dtype: Any,
+    weight_dtype: Any,
+    kv_dtype: Any,
+    rotary: RotaryKind | None = None,
+    head_norms: bool = False,
+) -> Choice[QkvImplementation]:
+    """Choose how query, key and value are computed, and keys and values written into the blocks of a cache.
 
     Args:
-        on: what is compiled for; None: :func:`device`.
-        model: the model at hand; None lists what holds for models in bfloat16 with heads of 128.
+        on: what is compiled for.
+        rows: tokens.
+        inputs: of the weight.
+        head_dim: entries of a head.
+        dtype: of x.
+        weight_dtype, kv_dtype: of the weight and of cached keys and values, as they are stored.
+        rotary: of the rotary embedding, or None.
+        head_norms: whether queries and keys are normalised before they are rotated.
     """
-    on = on or device()
-    shapes = model or Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128)
-
-    def attention(query_tokens: int, heads_per_key: int) -> Choice[str]:
-        return attention_choice(
-            on, query_tokens=query_tokens, heads_per_key=heads_per_key, head_dim=shapes.head_dim, dtype=shapes.dtype,
-            kv_dtype=shapes.kv_dtype,
-        )  # fmt: skip
-
-    few = attention(1, shapes.heads_per_key)
-    decode: tuple[Choice[str], ...] = (few,)
-    if model is None:
-        many = attention(1, MAX_REDUCE_HEADS + 1)
-        if many.implementation != few.implementation:
-            named = f"{few.op} with up to {MAX_REDUCE_HEADS} query heads a key"
-            decode = (dataclasses.replace(few, op=named), dataclasses.replace(many, op=f"{many.op} with more"))
-    rest = (
-        ("cache write", "rows of donated blocks are written in place"),
-        ("head", "its result is float32, and every token needs it once"),
-        ("embedding, sampling", "there is no kernel of our own for them"),
-    )
-    return (
-        attention(2, shapes.heads_per_key),
-        *decode,
-        *_products(on, shapes),
-        _norms(on, shapes),
-        *(Choice(op=op, implementation="jnp", compiler="XLA", reason=reason) for op, reason in rest),
-    )
+    op = "query, key, value and cache write"
+    problem = qkv_problem(dtype, weight_dtype, kv_dtype, inputs=inputs, head_dim=head_dim, rotary=rotary)
+    if head_norms:
+        problem = "norms of queries and keys"
+    if rows > MAX_LINEAR_ROWS:
+        reason = f"beyond {MAX_LINEAR_ROWS} rows the product is XLA's"
+    elif not on.hopper:
+        reason = f"the kernel is made for Hopper, and this is {on}"
+    elif problem is not None:
+        reason = f"the kernel does not run {problem}"
+    elif rows == 0:
+        reason = "there are no rows"
+    else:
+        reason = "the kernel of the product rotates and writes into the blocks what it has in registers"
+        return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    reason = f"{reason}; XLA fuses rotation and write, and rows of donated blocks are written in place"
+    return Choice(op=op, implementation="apart", compiler="XLA", reason=reason)
 
 
-def _products(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:
-    """Products of few rows, apart where they differ, and of many."""
-    products = shapes.products or (("", 128, 128, shapes.dtype),)
-    found: dict[Choice[str], list[str]] = {}
-    for name, inputs, outputs, weight in products:
-        choice: Choice[str] = linear_choice(
-            on, rows=1, inputs=inputs, outputs=outputs, dtype=shapes.dtype, weight_dtype=weight
-        )
-        found.setdefault(choice, []).append(name)
-    for choice, names in found.items():
-        # Named only where there is more than one answer.
-        yield choice if len(found) == 1 else dataclasses.replace(choice, op=f"{choice.op} ({', '.join(names)})")
-    _, inputs, outputs, weight = products[0]
-    yield linear_choice(
-        on, rows=MAX_LINEAR_ROWS + 1, inputs=inputs, outputs=outputs, dtype=shapes.dtype, weight_dtype=weight
-    )
-
-
-def _norms(on: Device, shapes: Shapes) -> Choice[str]:
-    """Where the norm before a product of few rows is computed."""
-    served = all(
-        linear_problem(shapes.dtype, weight, inputs=inputs, outputs=outputs) is None
-        for _, inputs, outputs, weight in shapes.products or (("", 128, 128, shapes.dtype),)
-    )
-    if on.hopper and served and shapes.norm in FUSED_NORMS:
-        reason = "the kernel of a product normalises what it reads; where there are more rows, XLA does"
-        return Choice(op="norms before products", implementation="mosaic", compiler="Mosaic GPU", reason=reason)
-    reason = "XLA fuses them with what is before them"
-    if on.hopper and served:
-        reason = f"the kernel of products does not compute norms of kind {shapes.norm!r} yet"
-    return Choice(op="norms before products", implementation="jnp", compiler="XLA", reason=reason)
+def _gated_choice(on: Device, problem: str | None) -> Choice[LinearImplementation]:
+    """Choose for a gated product of many rows."""
+    op = f"gated products of {MIN_GATED_ROWS} rows or more"
+    if on.hopper and problem is None:
+        reason = "the kernel joins gate and values in registers, where XLA writes both and reads them again"
+        return Choice(op=op, implementation="mosaic", compiler="Mosaic GPU", reason=reason)
+    reason = f"the kernel does not run {problem}" if on.hopper else f"the kernel is made for Hopper, and this is {on}"
+    return Choice(op=op, implementation="dot", compiler="XLA", reason=reason)

@@ -9,7 +9,6 @@ entries a head, ``W`` blocks in a table row.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import jax
@@ -17,56 +16,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import BLOCK_SIZE, Bias, paged_attention
 from pallas_kernels.choices import DECODE_HEADS, attention_choice, decode_problem, device
-from pallas_kernels.decode_kernel import LOG2E, NEVER, DecodeConfig, columns_of, split_attention
+from pallas_kernels.decode_config import DecodeConfig, decode_config
+from pallas_kernels.decode_kernel import LOG2E, NEVER, split_attention
 
 DecodeImplementation = Literal["mosaic", "reference"]
 
-SMEM_BYTES = 227 * 1024
-"""Shared memory that a Hopper SM gives to programs."""
-SMS = 132
 RUNS = (
     "mosaic runs on Hopper with bfloat16 or float16 and query heads a key head up to "
     + ", ".join(f"{heads} at head_dim {dim}" for dim, heads in DECODE_HEADS.items())
     + "; reference runs everywhere"
 )
-
-
-def decode_config(
-    *, batch: int, groups: int, heads_per_key: int, width: int, head_dim: int, kv_bytes: int = 2, sms: int = SMS
-) -> DecodeConfig:
-    """Choose splits and stages.
-
-    Splits cost a second kernel and float32 partial results. So a sequence is split only where there are fewer programs
-    than SMs, into no more programs than two an SM and none of fewer than 16 blocks; and where tables are so wide that
-    one long sequence in a batch of short ones would run on alone, into parts of 64 blocks. Measured on an H200 with
-    ``benchmarks/decode_attention.py``: 32 programs of 8 blocks take 12.2 us in one split and 15.6 or more in four and
-    eight; 256 programs of 64 blocks 143 us in one and 154 in four; 16 sequences of 8 blocks the same in one and two.
-    The bounds of 16 and 64 blocks are derived from that and were not measured themselves.
-
-    Stages take half of an SM's shared memory: 96 KiB in flight in each of two programs, where 23 KiB an SM hide the
-    latency of HBM in the mean; 3 stages of 32 KiB, which this gives for heads of 128, were the best measured.
-
-    Args:
-        batch, groups: sequences, and key/value heads of each.
-        heads_per_key: query heads that share a key head.
-        width: blocks that a table row has room for, which is the longest context and not each sequence's own.
-        head_dim: entries of a head.
-        kv_bytes: bytes of an entry of keys and values: 2, or 1, which also takes a factor a row and room to widen.
-        sms: multiprocessors of the device.
-    """
-    programs = batch * groups
-    splits = min(2 * sms // programs, width // 16) if programs < sms else 1
-    splits = max(1, min(max(splits, width // 64), 32))
-    columns = columns_of(heads_per_key)
-    fixed = columns * (head_dim * 6 + 2 * BLOCK_SIZE) + 4096
-    stage = 2 * kv_bytes * BLOCK_SIZE * head_dim
-    if kv_bytes == 1:
-        fixed += 4 * BLOCK_SIZE * head_dim
-        stage += 8 * BLOCK_SIZE
-    stages = (SMEM_BYTES // 2 - 1024 - fixed) // stage
-    if stages < 2:
-        stages = (SMEM_BYTES - 1024 - fixed) // stage
-    return DecodeConfig(splits=splits, stages=max(1, min(stages, 8, math.ceil(width / splits))))
 
 
 def decode_attention(
@@ -126,8 +85,12 @@ def decode_attention(
             batch=batch, groups=groups, heads_per_key=heads_per_key, width=tables.shape[1], head_dim=dim,
             kv_bytes=key_blocks.dtype.itemsize,
         )  # fmt: skip
-    if config.splits < 1 or config.stages < 1:
-        raise ValueError(f"config: splits and stages must be at least 1, got {config}")
+    if min(config.splits, config.stages, config.consumers) < 1:
+        raise ValueError(f"config: splits, stages and consumers must be at least 1, got {config}")
+    if config.stages % config.consumers:
+        raise ValueError(f"config: consumers must divide stages, got {config}")
+    if config.ahead and not config.overlap:
+        raise ValueError(f"config: ahead is a kind of overlap, which must be set too, got {config}")
     if config.fused and not 2 <= config.splits <= 8:
         raise ValueError(f"config: a fused combination takes 2 to 8 splits, got {config}")
     splits = split_attention(
@@ -135,7 +98,10 @@ def decode_attention(
         scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
         key_scales=key_scales, value_scales=value_scales,
     )  # fmt: skip
-    return splits if isinstance(splits, jax.Array) else _combine(*splits, sinks, query.dtype)
+    if isinstance(splits, jax.Array):
+        return splits
+    outs, maxima, sums, active = splits
+    return _combine(outs, maxima, sums, active, sinks, query.dtype)
 
 
 def _check(

@@ -1,10 +1,11 @@
 """The Hopper kernel of :func:`pallas_kernels.decode_attention.decode_attention`, in Mosaic GPU.
 
-How the kernel works: a program serves one (sequence, key/value head, split). Its second warpgroup walks the block
-table and keeps a ring of TMA copies in flight; its first computes, for each block, the scores as ``K q^T`` and the
-output as ``V^T p^T``. Keys are the 64 rows of wgmma and query heads its columns, so a few query heads cost the tensor
-cores and the softmax 8 columns, where heads as rows would cost 64. A sequence's blocks are divided evenly among the
-splits; each gives an unnormalised output, a maximum and a sum, which one fusion of XLA puts together.
+How the kernel works: a program serves one (sequence, key/value head, split). Its last warpgroup walks the block
+table and keeps a ring of TMA copies in flight; the others take the blocks in turn and compute, for each, the scores as
+``K q^T`` and the output as ``V^T p^T``. Keys are the 64 rows of wgmma and query heads its columns, so a few query heads
+cost the tensor cores and the softmax 8 columns, where heads as rows would cost 64. Splits take a sequence's blocks in
+turn too; each gives an unnormalised output, a maximum and a sum, which one fusion of XLA puts together, or the first
+program of a cluster.
 
 Keys and values of 8 bits are widened on their way from one tile of shared memory to another, exactly; a key's factor
 multiplies its row of the scores, and a value's factor its row of the weights.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,51 +24,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import BLOCK_SIZE, Bias
+from pallas_kernels.decode_config import DecodeConfig, block_range, cdiv, columns_of
 
 LOG2E = math.log2(math.e)
 SLICE = 64
 """Entries of 64 rows of 8 bits that are in registers at once while they are widened."""
+REDUCTION_BYTES = 2048
+"""Shared memory of a reduction across warps."""
 NEVER = -1e30
 """Score of a hidden key, and the maximum before the first key: finite, and exp2 of it is 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """How the kernel divides its work.
-
-    Attributes:
-        splits: programs that share the blocks of one sequence and head.
-        stages: blocks of keys, and as many of values, in flight in each program.
-        fused: the splits, 2 to 8, are a cluster whose first program is sent what the others found, over distributed
-            shared memory, and puts it together; no second kernel. Interpret mode cannot run it.
-    """
-
-    splits: int
-    stages: int
-    fused: bool = False
-
-
-def columns_of(heads_per_key: int) -> int:
-    """Columns of wgmma that the query heads of a key head take."""
-    return -(-heads_per_key // 8) * 8
-
-
-def _cdiv(a: Any, b: int) -> Any:
-    return lax.div(a + (b - 1), jnp.int32(b))
-
-
-def block_range(lengths: Any, *, width: int, splits: int, window: int | None) -> tuple[Any, Any, Any]:
-    """First block that is read, the block after the last, and blocks a split, for sequences of these lengths.
-
-    The kernel and the combination of its splits both ask here, so that they agree on which splits there are.
-    """
-    last = jnp.minimum(_cdiv(lengths, BLOCK_SIZE), width)
-    first: Any = 0  # not an array: Mosaic cannot capture a scalar that it finds to be constant
-    if window is not None:
-        # Compared before subtracted: a window may be as large as int32 goes.
-        first = lax.div(jnp.maximum(lengths - min(window, width * BLOCK_SIZE), 0), jnp.int32(BLOCK_SIZE))
-        first = jnp.minimum(first, last)
-    return first, last, _cdiv(last - first, splits)
 
 
 def _transforms(columns: int) -> tuple[Any, ...]:
@@ -110,19 +74,23 @@ def split_attention(
     batch, groups, heads, dim = query.shape
     width, num_blocks = tables.shape[1], key_blocks.shape[0]
     dtype, columns, splits, stages = query.dtype, columns_of(heads), config.splits, config.stages
+    consumers = config.consumers
     scores_shape, layout = (BLOCK_SIZE, columns), plgpu.Layout.WGMMA
     # The rows of wgmma come in 64s. Where they do not divide the head, two products overlap: 0..63 and D-64..D-1.
     parts = ((0, dim),) if dim % 64 == 0 else ((0, 64), (dim - 64, 64))
     whole = splits == 1 or config.fused
     narrow = key_scales is not None and value_scales is not None
     factors = {"keys": key_scales, "values": value_scales} if narrow else {}
-    padding = ((0, 0), (0, columns - heads))
+    # TMA fills what is past an array's end with zeros, so that fewer than 8 heads are one tile as they lie in memory;
+    # more must be whole tiles. Rows are one vector, since TMA's strides are multiples of 16 bytes: their last columns
+    # are another head's, and the results there are dropped.
+    if heads > 8:
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, columns - heads), (0, 0)))
     rows: dict[str, jax.Array] = {}
     if bias is not None:
-        slopes = bias.slopes.astype(jnp.float32)
-        rows["slopes"] = jnp.pad(lax.reduce_precision(slopes, 8, 7) if bias.bfloat16 else slopes, padding)
+        rows["slopes"] = bias.slopes.reshape(-1)
     if sinks is not None and whole:
-        rows["sinks"] = jnp.pad(sinks.astype(jnp.float32) * LOG2E, padding)
+        rows["sinks"] = sinks.reshape(-1)
     out_type: dict[str, Any] = {
         "out": jax.ShapeDtypeStruct(
             (batch, groups, 1 if whole else splits, heads, dim), dtype if whole else jnp.float32
@@ -137,24 +105,34 @@ def split_attention(
         return lax.broadcast_in_dim(row, (size, columns), [1])
 
     def load_row(ref: Any) -> Any:
-        return plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+        return plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
 
     def decode_attention_kernel(
         query_gmem: Any, keys_gmem: Any, values_gmem: Any, tables_gmem: Any, lengths_gmem: Any, rows_gmem: Any,
         factors_gmem: Any, out_gmem: Any, query_smem: Any, keys_smem: Any, values_smem: Any, weights_smem: Any,
-        out_smem: Any, query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any, values_used: Any,
-        widened: Any, sent: Any = (),
+        out_smem: Any, rows_smem: Any, query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any,
+        values_used: Any, widened: Any, merged: Any, sent: Any,
     ) -> None:  # fmt: skip
         sequence, group, split = (lax.axis_index(name) for name in ("sequence", "group", "split"))
         warpgroup = lax.axis_index("warpgroup")
+
+        def wait_for_kernel_before() -> None:
+            if config.overlap:
+                plgpu.griddepcontrol_wait()
+
+        if config.overlap:
+            plgpu.griddepcontrol_launch_dependents()
+        if not config.ahead:
+            wait_for_kernel_before()
         length = jnp.minimum(lengths_gmem[sequence], width * BLOCK_SIZE)
-        first, last, share = block_range(length, width=width, splits=splits, window=window)
-        start = first + split * share
-        count = jnp.minimum(share, last - start)
+        first, last = block_range(length, width=width, window=window)
+        start = first + split
+        count = cdiv(jnp.maximum(last - start, 0), splits)
 
         def block_at(index: Any) -> Any:
             # In bounds whatever the table says, as in the reference.
-            return jnp.clip(tables_gmem[sequence, jnp.minimum(start + index, width - 1)], 0, num_blocks - 1)
+            place = jnp.minimum(start + index * splits, width - 1)
+            return jnp.clip(tables_gmem[sequence, place], 0, num_blocks - 1)
 
         def copy_keys(block: Any, slot: Any) -> None:
             plgpu.copy_gmem_to_smem(keys_gmem.at[block, group], keys_smem.at[slot], keys_ready.at[slot])
@@ -171,6 +149,7 @@ def split_attention(
 
         def widen(tile: Any, name: str, slot: Any) -> Any:
             """Widen the 8 bits of a tile into another one; gives the factors at every column of the scores."""
+            target = widened[name].at[warpgroup]
             for offset in range(0, dim, SLICE):
                 some = pl.ds(offset, SLICE)
                 value = plgpu.load(tile.at[:, some], layout=plgpu.Layout.WGMMA_UPCAST_2X)
@@ -179,7 +158,7 @@ def split_attention(
                     # Hopper widens e4m3 to float16 only; by float32, each value is kept on its way to bfloat16.
                     value = value.astype(jnp.float16)
                     value = value if dtype == jnp.float16 else value.astype(jnp.float32)
-                widened[name][:, some] = value.astype(dtype)
+                target[:, some] = value.astype(dtype)
             factor = plgpu.load(widened[f"{name} factors"].at[slot], layout=layout.reduce(1), optimized=False)
             plgpu.commit_smem()
             return lax.broadcast_in_dim(factor, scores_shape, (0,))
@@ -188,12 +167,24 @@ def split_attention(
             # All ids before the first copy: each is a read of GMEM, and one after the other would cost their latencies.
             blocks = [block_at(jnp.int32(i)) for i in range(stages)]
             following = block_at(jnp.int32(stages))
-            for i, block in enumerate(blocks):
 
-                @pl.when(i < count)
-                def _(i: int = i, block: Any = block) -> None:
-                    copy_keys(block, i)
-                    copy_values(block, i)
+            def copy(index: Any, block: Any) -> None:
+                copy_keys(block, index)
+                copy_values(block, index)
+
+            if not config.ahead:
+                for i, block in enumerate(blocks):
+                    pl.when(i < count)(functools.partial(copy, i, block))
+            else:
+                # The newest token's block is the last of this split, or of another.
+                newest = start + (count - 1) * splits == last - 1
+                newest_block = block_at(jnp.maximum(count - 1, 0))
+                older = count - jnp.where(newest, 1, 0)
+                for i, block in enumerate(blocks):
+                    pl.when(i < older)(functools.partial(copy, i, block))
+                wait_for_kernel_before()
+                first_round = newest & (count > 0) & (count <= stages)
+                pl.when(first_round)(functools.partial(copy, jnp.maximum(count - 1, 0), newest_block))
 
             def refill(index: Any, block: Any) -> Any:
                 after = block_at(index + 1)
@@ -209,9 +200,10 @@ def split_attention(
         def scores_of(slot: Any, base: Any) -> Any:
             """Scores of a block's keys in units of log2, hidden ones NEVER: [64, columns]."""
             factor = widen(keys_smem.at[slot], "keys", slot) if narrow else None
+            tile = widened["keys"].at[warpgroup] if narrow else keys_smem.at[slot]
 
             def product(acc: Any) -> Any:
-                plgpu.wgmma(acc, widened["keys"] if narrow else keys_smem.at[slot], query_smem.T)
+                plgpu.wgmma(acc, tile, query_smem.T)
                 return acc[...]
 
             scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(scores_shape, jnp.float32))
@@ -223,7 +215,10 @@ def split_attention(
                 places = positions.astype(jnp.float32)
                 if bias.bfloat16:
                     places = places.astype(jnp.bfloat16).astype(jnp.float32)
-                alibi = across(load_row(rows_gmem["slopes"].at[group]), BLOCK_SIZE) * places
+                slopes = load_row(rows_smem["slopes"])
+                if bias.bfloat16:
+                    slopes = slopes.astype(jnp.bfloat16).astype(jnp.float32)
+                alibi = across(slopes, BLOCK_SIZE) * places
                 if bias.bfloat16:
                     alibi = alibi.astype(jnp.bfloat16).astype(jnp.float32)
             if alibi is not None and bias is not None and bias.scaled:
@@ -250,10 +245,11 @@ def split_attention(
                 tile[...] = jnp.where(places + base < length, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
-        def step(index: Any, carry: Any) -> Any:
+        def step(turn: Any, carry: Any) -> Any:
             outs, maximum, total = carry
+            index = turn * consumers + warpgroup
             slot = lax.rem(index, jnp.int32(stages))
-            base = (start + index) * BLOCK_SIZE
+            base = (start + index * splits) * BLOCK_SIZE
             refills = index + stages < count
             plgpu.barrier_wait(keys_ready.at[slot])
             scores = scores_of(slot, base)
@@ -273,11 +269,12 @@ def split_attention(
                 place = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=layout) + base
                 # A factor that nobody wrote may be NaN too.
                 weights = weights * jnp.where(place < length, factor, jnp.zeros_like(factor))
-            weights_smem.T[...] = plgpu.layout_cast(weights.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            own_weights = weights_smem.at[warpgroup].T
+            own_weights[...] = plgpu.layout_cast(weights.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             if not narrow:
                 plgpu.barrier_wait(values_ready.at[slot])
-            tile = widened["values"] if narrow else values_smem.at[slot]
+            tile = widened["values"].at[warpgroup] if narrow else values_smem.at[slot]
             clear_past_end(tile, base)
 
             def product(*accs: Any) -> Any:
@@ -285,7 +282,7 @@ def split_attention(
                     values = tile
                     if size != dim:
                         values = values.at[:, pl.ds(offset, size)]
-                    plgpu.wgmma(acc, values.T, weights_smem.T)
+                    plgpu.wgmma(acc, values.T, own_weights)
                 return [acc[...] for acc in accs]
 
             # Into fresh accumulators, since interpret mode cannot start one from registers; an addition each is cheap.
@@ -300,14 +297,62 @@ def split_attention(
             outs = [out * across(fade, size) + add for out, add, (_, size) in zip(outs, new, parts, strict=True)]
             return outs, raised, total
 
+        def fetch_query() -> None:
+            # Rows past the end are zeros; where heads are whole tiles there are none.
+            source = query_gmem.at[sequence, group, pl.ds(0, columns)]
+            plgpu.copy_gmem_to_smem(source, query_smem, query_ready)
+            for name, row in rows_gmem.items():
+                plgpu.copy_gmem_to_smem(row.at[pl.ds(group * heads, columns)], rows_smem[name], query_ready)
+
         def consume() -> None:
-            plgpu.copy_gmem_to_smem(query_gmem.at[sequence, group], query_smem, query_ready)
+            if config.ahead:
+                wait_for_kernel_before()
+            if consumers == 1:
+                fetch_query()
+            else:
+                pl.when(warpgroup == 0)(fetch_query)
             zeros = [plgpu.layout_cast(jnp.zeros((size, columns), jnp.float32), layout) for _, size in parts]
             maximum = plgpu.layout_cast(jnp.full((columns,), NEVER, jnp.float32), layout.reduce(0))
             total = plgpu.layout_cast(jnp.zeros(scores_shape, jnp.float32), layout)
             plgpu.barrier_wait(query_ready)
-            outs, maximum, total = lax.fori_loop(0, count, step, (zeros, maximum, total))
+            own = cdiv(jnp.maximum(count - warpgroup, 0), consumers) if consumers > 1 else count
+            outs, maximum, total = lax.fori_loop(0, own, step, (zeros, maximum, total))
             total = total.sum(axis=0)
+            if consumers == 1:
+                give(outs, maximum, total)
+                return
+            pl.when(warpgroup > 0)(functools.partial(hand_over, outs, maximum, total))
+            pl.when(warpgroup == 0)(functools.partial(take_over, outs, maximum, total))
+
+        def hand_over(outs: Any, maximum: Any, total: Any) -> None:
+            """Leave what this warpgroup found to the first."""
+            matrices, maxima, sums, handed = merged
+            other = warpgroup - 1
+            for out, target in zip(outs, matrices, strict=True):
+                target[other] = out
+            maxima[other] = maximum
+            sums[other] = total
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(handed)
+
+        def take_over(outs: Any, maximum: Any, total: Any) -> None:
+            """Add what the other warpgroups found."""
+            matrices, maxima, sums, handed = merged
+            plgpu.barrier_wait(handed)
+            for other in range(consumers - 1):
+                theirs = load_row(maxima.at[other])
+                raised = jnp.maximum(maximum, theirs)
+                fade, rise = jnp.exp2(maximum - raised), jnp.exp2(theirs - raised)
+                total = total * fade + load_row(sums.at[other]) * rise
+                outs = [
+                    out * across(fade, size) + across(rise, size) * plgpu.load(found.at[other], layout=layout)
+                    for out, found, (_, size) in zip(outs, matrices, parts, strict=True)
+                ]
+                maximum = raised
+            give(outs, maximum, total)
+
+        def give(outs: Any, maximum: Any, total: Any) -> None:
+            """Write the result of this program, or send it to the one that puts the splits together."""
             if not config.fused:
                 finish(outs, maximum, total)
                 return
@@ -332,7 +377,7 @@ def split_attention(
                 tops = [plgpu.load(at.at[peer], layout=layout, optimized=False) for peer in range(splits)]
                 top = functools.reduce(jnp.maximum, tops)
                 if "sinks" in rows:
-                    sink = across(load_row(rows_gmem["sinks"].at[group]), size)
+                    sink = across(load_row(rows_smem["sinks"]) * LOG2E, size)
                     top = jnp.maximum(top, sink)
                 total = jnp.exp2(sink - top) if "sinks" in rows else jnp.zeros_like(top)
                 out = jnp.zeros_like(top)
@@ -347,7 +392,7 @@ def split_attention(
             """Write the result, or this split's share of it."""
             if splits == 1:
                 if "sinks" in rows:
-                    sink = load_row(rows_gmem["sinks"].at[group])
+                    sink = load_row(rows_smem["sinks"]) * LOG2E
                     raised = jnp.maximum(maximum, sink)
                     fade = jnp.exp2(maximum - raised)
                     factor = fade / (total * fade + jnp.exp2(sink - raised))
@@ -368,11 +413,27 @@ def split_attention(
                 if size != dim:
                     target = target.at[:, pl.ds(offset, size)]
                 plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, heads)], target)
-                plgpu.wait_smem_to_gmem(0)  # each before the next: two parts overlap
+                # Each before the next, since two parts overlap; the last need only have left shared memory.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=offset + size == dim)
 
         def work() -> None:
+            consume_from(1)
             pl.when(warpgroup == 0)(consume)
-            pl.when(warpgroup == 1)(produce)
+            pl.when(warpgroup == consumers)(produce)
+
+        def consume_from(number: int) -> None:
+            """Start the warpgroups from ``number`` on, each over its own end of shared memory.
+
+            Mosaic reduces across warps by way of what lies behind the allocations of the moment (JAX 0.11.2), and
+            warpgroups that run the same operation would share that. Only the start of an allocation waits for all.
+            """
+            if number < consumers:
+
+                def behind(_: Any) -> None:
+                    consume_from(number + 1)
+                    pl.when(warpgroup == number)(consume)
+
+                pl.run_scoped(behind, plgpu.SMEM((REDUCTION_BYTES,), jnp.int8), collective_axes="warpgroup")
 
         if whole:
             work()
@@ -382,7 +443,7 @@ def split_attention(
     block = (stages, BLOCK_SIZE, dim)
     widened: dict[str, Any] = {}
     for name in factors:
-        widened[name] = plgpu.SMEM((BLOCK_SIZE, dim), dtype, transforms=_transforms(dim))
+        widened[name] = plgpu.SMEM((consumers, BLOCK_SIZE, dim), dtype, transforms=_transforms(dim))
         widened[f"{name} factors"] = plgpu.SMEM((stages, BLOCK_SIZE), jnp.float32)
     stored = _narrow_transforms() if narrow else _transforms(dim)
     staging: tuple[Any, ...] = ()
@@ -391,8 +452,17 @@ def split_attention(
         tile = 32 // out_type["out"].dtype.itemsize
         staging = plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(32)  # type: ignore[abstract]
     tiles = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)  # type: ignore[abstract]
-    matrices = [plgpu.SMEM((splits, size, columns), jnp.float32, transforms=tiles) for _, size in parts]
-    sent = (matrices, matrices, plgpu.Barrier(num_arrivals=2 * splits * len(parts)))
+
+    def matrices(number: int) -> list[Any]:
+        return [plgpu.SMEM((number, size, columns), jnp.float32, transforms=tiles) for _, size in parts]
+
+    sent: tuple[Any, ...] = ()
+    if config.fused:
+        sent = matrices(splits), matrices(splits), plgpu.Barrier(num_arrivals=2 * splits * len(parts))
+    merged: tuple[Any, ...] = ()
+    if (others := consumers - 1) > 0:
+        found = [plgpu.SMEM((others, columns), jnp.float32)] * 2
+        merged = matrices(others), *found, plgpu.Barrier(num_arrivals=others)
     results = plgpu.kernel(
         decode_attention_kernel,
         out_type=out_type,
@@ -401,26 +471,30 @@ def split_attention(
             plgpu.SMEM(block, key_blocks.dtype, transforms=stored),
             plgpu.SMEM(block, value_blocks.dtype, transforms=stored),
             # wgmma has one swizzle for both operands.
-            plgpu.SMEM((columns, BLOCK_SIZE), dtype, transforms=_transforms(math.gcd(dim, BLOCK_SIZE))),
+            plgpu.SMEM((consumers, columns, BLOCK_SIZE), dtype, transforms=_transforms(math.gcd(dim, BLOCK_SIZE))),
             [plgpu.SMEM((columns, size), out_type["out"].dtype, transforms=staging) for _, size in parts],
-            plgpu.Barrier(),
+            {name: plgpu.SMEM((columns,), row.dtype) for name, row in rows.items()},
+            plgpu.Barrier(num_arrivals=1 + len(rows)),
             *(plgpu.Barrier(num_arrivals=1 + narrow, num_barriers=stages) for _ in range(2)),
             *(plgpu.Barrier(num_barriers=stages) for _ in range(2)),
             widened,
-            *([sent] if config.fused else []),
+            merged,
+            sent,
         ],
         grid=(batch, groups) if config.fused else (batch, groups, splits),
         grid_names=("sequence", "group") if config.fused else ("sequence", "group", "split"),
         cluster=(splits,) if config.fused else (),
         cluster_names=("split",) if config.fused else (),
-        num_threads=2,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
-    )(jnp.pad(query, ((0, 0), (0, 0), *padding[1:], (0, 0))), key_blocks, value_blocks, tables, lengths, rows, factors)
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            approx_math=True,
+            reduction_scratch_bytes=REDUCTION_BYTES,
+        ),
+    )(query, key_blocks, value_blocks, tables, lengths, rows, factors)
     if whole:
         return results["out"][:, :, 0]
-    first, last, share = block_range(
-        jnp.minimum(lengths, width * BLOCK_SIZE), width=width, splits=splits, window=window
-    )
-    start = jnp.broadcast_to(first, lengths.shape)[:, None] + jnp.arange(splits, dtype=jnp.int32) * share[:, None]
+    first, last = block_range(jnp.minimum(lengths, width * BLOCK_SIZE), width=width, window=window)
+    start = jnp.broadcast_to(first, lengths.shape)[:, None] + jnp.arange(splits, dtype=jnp.int32)
     return results["out"], results["maxima"][..., :heads], results["sums"][..., :heads], start < last[:, None]

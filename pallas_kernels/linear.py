@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.choices import FUSED_NORMS, LinearImplementation, device, linear_choice
-from pallas_kernels.skinny_gemm import Activation, InputNorm, normalise, skinny_gemm
+from pallas_kernels.gated_gemm import gated_gemm
+from pallas_kernels.skinny_gemm import MAX_ROWS, Activation, InputNorm, normalise, skinny_gemm
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -51,8 +52,9 @@ def linear(
         activation: of the product, or of the gate.
         gated: whether the first axis of the weight is that of gate and values.
         residual: [..., *N], added last.
-        implementation: ``mosaic`` is the Hopper kernel for up to 64 rows, with all of this in it; ``dot`` is XLA's
-            product, with what XLA fuses to it. None picks as :func:`pallas_kernels.choices` says.
+        implementation: ``mosaic`` is a Hopper kernel: for up to 64 rows one with all of this in it, for more one of
+            gated products alone, without scale and bias, after which XLA adds the residual. ``dot`` is XLA's product,
+            with what XLA fuses to it. None picks as :func:`pallas_kernels.choices` says.
 
     Returns:
         [..., *N] in the dtype of ``x``. Sums are float32; the kernel keeps everything after them in float32 and rounds
@@ -70,7 +72,8 @@ def linear(
     if implementation is None:
         implementation = linear_choice(
             device(), rows=math.prod(x.shape[:-1]), inputs=x.shape[-1], outputs=math.prod(operands.outputs),
-            dtype=x.dtype, weight_dtype=weight.dtype,
+            dtype=x.dtype, weight_dtype=weight.dtype, gated=gated, biased=bias is not None,
+            activation=activation,
         ).implementation  # fmt: skip
     if implementation == "mosaic":
         return _mosaic(operands)
@@ -104,7 +107,9 @@ class _Operands:
 
 
 def _mosaic(o: _Operands) -> jax.Array:
-    """Run the kernel, which knows rows [M, K] and one axis of outputs."""
+    """Run the kernel for the number of rows, which knows rows [M, K] and one axis of outputs."""
+    if o.gated and math.prod(o.x.shape[:-1]) > MAX_ROWS:
+        return _mosaic_gated(o)
     x, norm = o.x, o.norm
     if norm is not None and norm.kind not in FUSED_NORMS:
         x, norm = _normed(x, norm), None
@@ -125,6 +130,19 @@ def _mosaic(o: _Operands) -> jax.Array:
         implementation="mosaic",
     )
     return y.reshape(*lead, *o.outputs)
+
+
+def _mosaic_gated(o: _Operands) -> jax.Array:
+    """Run the kernel of gated products of many rows, and leave what is around it to XLA."""
+    if o.bias is not None:
+        raise ValueError(f"linear: implementation 'mosaic' does not run a bias with more than {MAX_ROWS} rows")
+    h = o.x if o.norm is None else _normed(o.x, o.norm)
+    inputs, outputs = o.weight.shape[-1], math.prod(o.outputs)
+    y = gated_gemm(
+        h.reshape(-1, inputs), o.weight.reshape(2, outputs, inputs), activation=o.activation, implementation="mosaic"
+    )
+    y = y.reshape(*o.x.shape[:-1], *o.outputs)
+    return y if o.residual is None else o.residual + y
 
 
 def _dot(o: _Operands) -> jax.Array:

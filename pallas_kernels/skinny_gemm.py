@@ -171,20 +171,24 @@ def reference(
     weight_scale: jax.Array | None = None,
 ) -> jax.Array:
     """What :func:`skinny_gemm` computes, in ``jax.numpy``: any platform, any shape."""
+    y = products(x, weight, norm, weight_scale)
+    biases = None if bias is None else list(bias.astype(jnp.float32).reshape(y.shape[0], y.shape[2]))
+    return epilogue(list(y), biases, activation, residual).astype(x.dtype)
+
+
+def products(x: jax.Array, weight: jax.Array, norm: InputNorm | None, weight_scale: jax.Array | None) -> jax.Array:
+    """The product alone of :func:`reference`, float32 [P, M, N]."""
     h = x if norm is None else normalise(x, norm)
     weight = weight if weight.ndim == 3 else weight[None]
     if weight.dtype == jnp.int4 and weight_scale is not None:
         scale = weight_scale.astype(jnp.float32).reshape(weight.shape[0], -1, weight.shape[1])
         groups = weight.astype(x.dtype).reshape(*weight.shape[:2], scale.shape[1], -1)
         y = einsum_f32("mgk,pngk->pmgn", h.reshape(h.shape[0], scale.shape[1], -1), groups)
-        y = jnp.sum(y * scale[:, None], axis=2)
-    elif weight_scale is not None:
+        return jnp.sum(y * scale[:, None], axis=2)
+    if weight_scale is not None:
         y = einsum_f32("mk,pnk->pmn", h, weight.astype(x.dtype))
-        y = y * weight_scale.astype(jnp.float32).reshape(weight.shape[:2])[:, None]
-    else:
-        y = einsum_f32("mk,pnk->pmn", h, weight)
-    biases = None if bias is None else list(bias.astype(jnp.float32).reshape(weight.shape[:2]))
-    return epilogue(list(y), biases, activation, residual).astype(x.dtype)
+        return y * weight_scale.astype(jnp.float32).reshape(weight.shape[:2])[:, None]
+    return einsum_f32("mk,pnk->pmn", h, weight)
 
 
 def skinny_gemm(

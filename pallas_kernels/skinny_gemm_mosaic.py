@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,21 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gemm_channels import ACC, TRANSPOSED, Channels, Matrix, tiled, whole_tiles
 from pallas_kernels.skinny_gemm import QUANTIZED, Activation, InputNorm, Tuning, epilogue, padded_rows, weight_bits
-
-ACC = plgpu.Layout.WGMMA
-TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-
-
-def _tiled(columns: int, dtype: Any, divides: int = 64) -> tuple[Any, ...]:
-    """Transforms of a shared array whose rows have ``columns`` entries: the widest swizzle whose tiles divide them.
-
-    Tiles must also divide the rows of the array in global memory, of ``divides`` entries.
-    """
-    bits = 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
-    wide = next(w for w in (128, 64, 32, 16) if columns * bits % (8 * w) == 0 and divides * bits % (8 * w) == 0)
-    tiling = plgpu.TilingTransform((8, 8 * wide // bits))  # type: ignore[abstract]
-    return (tiling,) if wide == 16 else (tiling, plgpu.SwizzleTransform(wide))  # type: ignore[abstract]
 
 
 # Jitted, so that the layers of a model trace, lower and compile one kernel, not one each.
@@ -45,6 +34,57 @@ def run(
 ) -> jax.Array:
     """Run the kernel on operands that :func:`pallas_kernels.skinny_gemm` has checked; ``weight`` is [P, N, K]."""
     (m, k), (parts, n, _), dtype = x.shape, weight.shape, x.dtype
+    x = whole_tiles(x)
+    in_memory = tuning.splits > 1 and tuning.reduce == "memory"
+    added = None if in_memory or residual is None else whole_tiles(residual)
+    own = Matrix(
+        parts, n, rows=tuning.rows, tokens=padded_rows(m, norm), held=x.shape[0], dtype=dtype, activation=activation,
+        residual=added,
+    )  # fmt: skip
+    rest: dict[str, Any] = {"norm": norm, "bias": bias, "weight_scale": weight_scale}
+    out, *sums = launch(x, weight, own, m=m, **rest, tuning=tuning, interpret=interpret, name="skinny_gemm")
+    if not in_memory:
+        return out[:m]
+    totals = jnp.sum(out, axis=0)
+    if weight_scale is not None and weight_scale.ndim < 3:
+        totals = totals * weight_scale.astype(jnp.float32).reshape(parts, n, 1)
+    found = list(totals)
+    if norm is not None:
+        found = _normed_product(found, list(jnp.sum(sums[0], axis=0)), norm, m, k)
+    found = [part[:, :m].T for part in found]
+    columns = None if bias is None else list(bias.astype(jnp.float32).reshape(parts, n))
+    return epilogue(found, columns, activation, residual).astype(dtype)
+
+
+def launch(
+    x: jax.Array,
+    weight: jax.Array,
+    own: Channels,
+    *,
+    m: int,
+    norm: InputNorm | None,
+    bias: jax.Array | None,
+    weight_scale: jax.Array | None,
+    tuning: Tuning,
+    interpret: bool,
+    name: str,
+) -> Sequence[jax.Array]:
+    """Multiply, and leave the sums to ``own``.
+
+    Args:
+        x: [M or more, K], of :func:`whole_tiles`.
+        weight: [L, C, K]; a block takes ``parts`` times ``rows`` of its channels.
+        own: says which those are, and what becomes of their sums.
+        m: M.
+        norm, bias, weight_scale: as in :func:`run`, but factors of groups are as ``own`` wants them.
+        tuning, interpret: as in :func:`run`.
+        name: of the kernel.
+
+    Returns:
+        The results of ``own``, or with parts of K left in memory, sums float32 [S, P, N, tokens] and the norm's.
+    """
+    k, parts, dtype = x.shape[1], own.parts, x.dtype
+    n = math.prod(weight.shape[:2]) // parts
     tokens = padded_rows(m, norm)
     rows, tile_k, stages, splits = tuning.rows, tuning.tile_k, tuning.stages, tuning.splits
     tiles = -(-k // tile_k)
@@ -52,7 +92,7 @@ def run(
     scale = None if norm is None else norm.scale
     shift = None if norm is None else norm.bias
     grouped = weight_scale is not None and weight_scale.ndim == 3
-    group = k // weight_scale.shape[1] if weight_scale is not None and grouped else tile_k
+    group = k // weight_scale.shape[own.groups_axis] if weight_scale is not None and grouped else tile_k
     groups = tile_k // group
     quantized = weight.dtype in QUANTIZED
     # What is loaded of a quantized tile at once: lines of 128 bytes.
@@ -61,40 +101,33 @@ def run(
     line = 64 if k % 128 or tile_k % 128 else 128
     in_memory = splits > 1 and tuning.reduce == "memory"
     in_cluster = splits > 1 and not in_memory
-    finish = not in_memory
-    # Tiles have 8 rows: an array of fewer is one tile, of more must be whole tiles.
-    held = m if m < 8 else -(-m // 8) * 8
-    full_rows = ((0, held - m), (0, 0))
-    x = jnp.pad(x, full_rows)
-    if residual is not None and finish:
-        residual = jnp.pad(residual, full_rows)
-
     names = ["x", "weight"]
     operands: list[jax.Array] = [x, weight]
-    for name, array in (("scale", scale), ("shift", shift)):
+    for key, array in (("scale", scale), ("shift", shift)):
         if array is not None:
-            names.append(name)
+            names.append(key)
             operands.append(array.reshape(-1, line))
     if weight_scale is not None and grouped:
         names.append("group")
         operands.append(weight_scale)
-    if finish:
-        channels = None if weight_scale is None or grouped else weight_scale.astype(jnp.float32)
-        flat = {"bias": bias, "factor": channels}
-        last = {name: array if array is None else array.reshape(-1) for name, array in flat.items()}
-        for name, array in (*last.items(), ("residual", residual)):
+    if not in_memory:
+        each = None if weight_scale is None or grouped else weight_scale.astype(jnp.float32)
+        flat = {"bias": bias, "factor": each}
+        for key, array in flat.items():
             if array is not None:
-                names.append(name)
-                operands.append(array)
+                names.append(key)
+                operands.append(array.reshape(-1))
+        names += own.operands
+        operands += own.operands.values()
 
-    arrivals = 2 + (scale is not None) + (shift is not None) + grouped
+    arrivals = own.weight_copies + 1 + (scale is not None) + (shift is not None) + grouped * own.factor_copies
     scratch: dict[str, Any] = {
         "weight_smem": plgpu.SMEM(
             (stages, parts, rows, tile_k),
             weight.dtype,
-            transforms=_tiled(strip, weight.dtype, k),
+            transforms=tiled(strip, weight.dtype, k),
         ),
-        "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=_tiled(tile_k, dtype, k)),
+        "x_smem": plgpu.SMEM((stages, tokens, tile_k), dtype, transforms=tiled(tile_k, dtype, k)),
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
     }
     if weight_scale is not None and grouped:
@@ -107,24 +140,21 @@ def run(
         for i in range(1 + layer):
             scratch[f"sum{i}_smem"] = plgpu.SMEM((tokens,), jnp.float32)
     if in_memory:
-        scratch["out_smem"] = plgpu.SMEM((parts, rows, tokens), jnp.float32, transforms=_tiled(tokens, jnp.float32))
+        scratch["out_smem"] = plgpu.SMEM((parts, rows, tokens), jnp.float32, transforms=tiled(tokens, jnp.float32))
     else:
-        scratch["out_smem"] = plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(rows, dtype, n))
+        scratch |= own.scratch
         if bias is not None:
             scratch["bias_smem"] = plgpu.SMEM((parts, rows), bias.dtype)
         if "factor" in names:
             scratch["factor_smem"] = plgpu.SMEM((parts, rows), jnp.float32)
-        if residual is not None:
-            tiled = _tiled(rows, residual.dtype, n)
-            scratch["residual_smem"] = plgpu.SMEM((tokens, rows), residual.dtype, transforms=tiled)
-        extras = parts * ((bias is not None) + ("factor" in names)) + (residual is not None)
+        extras = parts * own.pieces * ((bias is not None) + ("factor" in names)) + len(own.fetched)
         if extras:
             scratch["extra"] = plgpu.Barrier(num_arrivals=extras)
     if in_cluster:
-        tiled = _tiled(tokens, jnp.float32)
+        transforms = tiled(tokens, jnp.float32)
         # One array each: a slice of a remote array cannot be read.
         for part in range(parts):
-            scratch[f"part{part}_smem"] = plgpu.SMEM((rows, tokens), jnp.float32, transforms=tiled)
+            scratch[f"part{part}_smem"] = plgpu.SMEM((rows, tokens), jnp.float32, transforms=transforms)
         scratch["cluster"] = plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=2)
 
     outs: dict[str, Any] = {}
@@ -133,11 +163,11 @@ def run(
         if norm is not None:
             outs["sums"] = jax.ShapeDtypeStruct((splits, 1 + layer, tokens), jnp.float32)
     else:
-        outs["out"] = jax.ShapeDtypeStruct((held, n), dtype)
+        outs |= own.outs
 
     def body(*refs: Any, **smem: Any) -> None:
         gmem = dict(zip([*names, *outs], refs, strict=True))
-        channel = lax.axis_index("tile") * rows
+        tile = lax.axis_index("tile")
         split: Any = lax.axis_index("split") if splits > 1 else 0
         first, count = split * tiles // splits, tiles // splits
         if tiles % splits:
@@ -145,17 +175,18 @@ def run(
 
         def fetch(i: Any, *names: str) -> None:
             """Fetch parts of a tile."""
-            slot, own = lax.rem(i, stages), pl.ds(channel, rows)
-            inputs, lines = (pl.ds((first + i) * size, size) for size in (tile_k, tile_k // line))
+            slot = lax.rem(i, stages)
+            inputs, some, lines = (pl.ds((first + i) * size, size) for size in (tile_k, groups, tile_k // line))
             sources = {
-                "weight": lambda: gmem["weight"].at[:, own, inputs],
-                "group": lambda: gmem["group"].at[:, pl.ds((first + i) * groups, groups), own],
-                "x": lambda: gmem["x"].at[pl.ds(0, tokens), inputs],
-                "scale": lambda: gmem["scale"].at[lines],
-                "shift": lambda: gmem["shift"].at[lines],
+                "weight": lambda ref, to: own.weight(ref, to, tile, inputs),
+                "group": lambda ref, to: own.factors(ref, to, tile, some),
+                "x": lambda ref, to: [(ref.at[pl.ds(0, tokens), inputs], to)],
+                "scale": lambda ref, to: [(ref.at[lines], to)],
+                "shift": lambda ref, to: [(ref.at[lines], to)],
             }
             for name in names:
-                plgpu.copy_gmem_to_smem(sources[name](), smem[f"{name}_smem"].at[slot], smem["full"].at[slot])
+                for source, target in sources[name](gmem[name], smem[f"{name}_smem"].at[slot]):
+                    plgpu.copy_gmem_to_smem(source, target, smem["full"].at[slot])
 
         parameters = [name for name in ("weight", "group", "scale", "shift") if name in gmem]
 
@@ -168,14 +199,9 @@ def run(
         vectors = [name for name in ("bias", "factor") if name in gmem]
 
         def fetch_vectors() -> None:
-            for name in vectors:
-                for part in range(parts):
-                    source = gmem[name].at[pl.ds(part * n + channel, rows)]
-                    plgpu.copy_gmem_to_smem(source, smem[f"{name}_smem"].at[part], smem["extra"])
-
-        def fetch_residual() -> None:
-            source = gmem["residual"].at[pl.ds(0, tokens), pl.ds(channel, rows)]
-            plgpu.copy_gmem_to_smem(source, smem["residual_smem"], smem["extra"])
+            for name, part in itertools.product(vectors, range(parts)):
+                for source, target in own.vector(gmem[name], smem[f"{name}_smem"].at[part], tile, part):
+                    plgpu.copy_gmem_to_smem(source, target, smem["extra"])
 
         ring = jnp.minimum(count, stages)
         pl.loop(0, ring)(lambda i: fetch(i, *parameters))
@@ -185,8 +211,8 @@ def run(
             plgpu.griddepcontrol_launch_dependents()
             plgpu.griddepcontrol_wait()
         pl.loop(0, ring)(lambda i: fetch(i, "x"))
-        if "residual" in gmem:
-            when_leader(fetch_residual)
+        if own.fetched and not in_memory:
+            when_leader(lambda: own.fetch(gmem, smem, tile))
 
         def normed(slot: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             """Multiply a tile of x by the scale, in place, and add to the sums over K."""
@@ -305,11 +331,11 @@ def run(
             for part in range(parts):
                 smem["out_smem"][part] = values[part]
             plgpu.commit_smem()
-            target = gmem["out"].at[split, :, pl.ds(channel, rows)]
+            target = gmem["out"].at[split, :, pl.ds(tile * rows, rows)]
             plgpu.copy_smem_to_gmem(smem["out_smem"], target)
             if norm is not None:
 
-                @pl.when(lax.axis_index("tile") == 0)
+                @pl.when(tile == 0)
                 def _() -> None:
                     for i in range(1 + layer):
                         plgpu.copy_smem_to_gmem(smem[f"sum{i}_smem"], gmem["sums"].at[split, i])
@@ -348,16 +374,7 @@ def run(
                         total = total + plgpu.load(remote, layout=ACC.reduce(0), optimized=False)
                     totals.append(total)
                 found = _normed_product(found, totals, norm, m, k)
-            y = epilogue(found, across("bias") if bias is not None else None, activation, None)
-            if "residual" in gmem:
-                y = plgpu.layout_cast(y, TRANSPOSED)
-                y = y + plgpu.load(smem["residual_smem"].T, layout=TRANSPOSED).astype(jnp.float32)
-                smem["out_smem"].T[...] = y.astype(dtype)
-            else:
-                smem["out_smem"].T[...] = plgpu.layout_cast(y.astype(dtype), TRANSPOSED)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem["out_smem"], gmem["out"].at[pl.ds(0, tokens), pl.ds(channel, rows)])
-            plgpu.wait_smem_to_gmem(0)
+            own.finish(found, across("bias") if bias is not None else None, gmem, smem, tile)
 
         if not in_cluster:
             finish_tile()
@@ -371,34 +388,22 @@ def run(
         plgpu.barrier_arrive(smem["cluster"].at[1])
         plgpu.barrier_wait(smem["cluster"].at[1])
 
-    blocks = -(-n // rows)
-    space: dict[str, Any] = {"grid": (blocks,), "grid_names": ("tile",)}
+    space: dict[str, Any] = {"grid": (own.blocks,), "grid_names": ("tile",)}
     if in_cluster:
         space |= {"cluster": (splits,), "cluster_names": ("split",)}
     elif in_memory:
-        space = {"grid": (blocks, splits), "grid_names": ("tile", "split")}
+        space = {"grid": (own.blocks, splits), "grid_names": ("tile", "split")}
     params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True)
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outs.values()),
         scratch_types=scratch,
         compiler_params=params,
-        kernel_name="skinny_gemm",
+        kernel_name=name,
         **space,
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
-    out, *sums = kernel(*operands)
-    if not in_memory:
-        return out[:m]
-    totals = jnp.sum(out, axis=0)
-    if weight_scale is not None and not grouped:
-        totals = totals * weight_scale.astype(jnp.float32).reshape(parts, n, 1)
-    found = list(totals)
-    if norm is not None:
-        found = _normed_product(found, list(jnp.sum(sums[0], axis=0)), norm, m, k)
-    found = [part[:, :m].T for part in found]
-    columns = None if bias is None else list(bias.astype(jnp.float32).reshape(parts, n))
-    return epilogue(found, columns, activation, residual).astype(dtype)
+    return kernel(*operands)
 
 
 def _token_of(shape: tuple[int, ...]) -> jax.Array:

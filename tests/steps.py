@@ -23,8 +23,14 @@ MARK = "compiled step:"
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "llama": ({"norm": "rms", "gated_mlp": True}, {}, 512),
     "llama, float16, long": ({"norm": "rms", "gated_mlp": True, "context": 8192}, {"dtype": "float16"}, 8192),
+    "llama, heads of 128": ({"norm": "rms", "gated_mlp": True, "head_dim": 128}, {}, 512),
+    "llama, heads of 128, int8 weights": (
+        {"norm": "rms", "gated_mlp": True, "head_dim": 128}, {"quantize": "int8"}, 512,
+    ),
+    "heads of 128, prefill": ({"norm": "rms", "gated_mlp": True, "head_dim": 128}, {}, 512),
     "llama, float32": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
     "llama, prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),
+    "llama, packed prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),
     "gemma, prefill": (
         {"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {}, 512,
     ),
@@ -32,10 +38,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "float32, prefill": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
     "int8 cache, prefill": ({"norm": "rms", "gated_mlp": True}, {"kv_dtype": "int8"}, 512),
     "gpt2": (
-        {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh", "kv_heads": 8}, {}, 512,
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh", "kv_heads": 8,
+         "rotary": False}, {}, 512,
     ),
     "gemma": ({"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {}, 512),
-    "falcon": ({"residual": "parallel", "kv_heads": 1, "activation": "gelu", "alibi": True}, {}, 512),
+    "falcon": ({"residual": "parallel", "kv_heads": 1, "activation": "gelu", "alibi": True, "rotary": False}, {}, 512),
     "odd heads": ({"head_dim": 72}, {}, 512),
     "llama, int8 weights and cache": (
         {"norm": "rms", "gated_mlp": True}, {"quantize": "int8", "kv_dtype": "int8"}, 512,
@@ -89,9 +96,8 @@ def build(name: str) -> Any:
     changes, options, context = CASES[name]
     changes = dict(changes)
     kind, longest, dim = changes.pop("norm", "layer"), changes.pop("context", 1024), changes.get("head_dim", 64)
-    layer = LayerSpec(
-        scale=dim**-0.5, rotary=rotary({"rope_theta": 1e4}, dim, longest), window=changes.pop("window", None)
-    )
+    turned = rotary({"rope_theta": 1e4}, dim, longest) if changes.pop("rotary", True) else None
+    layer = LayerSpec(scale=dim**-0.5, rotary=turned, window=changes.pop("window", None))
     if changes.pop("alibi", False):
         changes["alibi"] = Alibi(slopes=alibi_slopes(8))
     fields = {
@@ -126,13 +132,18 @@ def build(name: str) -> Any:
     rows, width = pack([None] * executor.batch), context // 64
     zeros = np.zeros(executor.batch, np.int32)
     tables = np.zeros((executor.batch, width), np.int32)
-    if "prefill" in name:
+    if "packed" in name:
+        tokens, pieces = np.zeros((1, 256), np.int32), np.zeros((executor.batch, 128), np.int32)
+        inputs: Any = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows, pieces=pieces)
+    elif "prefill" in name:
         tokens = np.zeros((executor.batch, 256), np.int32)
-        inputs: Any = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows)
+        inputs = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows)
+    else:
+        inputs = DecodeInputs(np.arange(executor.batch, dtype=np.int32), zeros, zeros, zeros, tables, rows)
+    if "prefill" in name:
         body: Any = functools.partial(executor._prefill_body, features=SamplerFeatures(), wish=PromptWish())
         results: Any = (executor._rows, executor._rows)
     else:
-        inputs = DecodeInputs(zeros, zeros, zeros, tables, rows)
         body = functools.partial(executor._decode_body, features=SamplerFeatures())
         results = (executor._steps_rows, None)
     return executor._step(name, name, body, (inputs, None), results), plan.cache_bytes_per_device

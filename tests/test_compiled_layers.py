@@ -17,7 +17,9 @@ def compiled() -> dict[str, paged_steps.Compiled]:
 
 @pytest.mark.parametrize("name", paged_steps.CASES)
 def test_decode_has_the_kernels_of_a_resident_layer(name, compiled):
-    assert compiled[name].decode == {"skinny_gemm": 4, "decode_attention_kernel": 1}
+    """A cache of 8 bits, which the case of int8 has, is written apart from the product."""
+    writes = {"skinny_gemm": 4} if name == "int8" else {"qkv_gemm": 1, "skinny_gemm": 3}
+    assert compiled[name].decode == {**writes, "decode_attention_kernel": 1}
 
 
 @pytest.mark.parametrize("name", paged_steps.CASES)

@@ -22,10 +22,24 @@ from jaxinfer.generation.kv_cache import NULL_BLOCK, blocks_for
 from jaxinfer.generation.params import MAX_LOGPROBS, ResolvedParams
 from jaxinfer.generation.requests import FinishReason, Logprob, logprob_dict
 from jaxinfer.generation.sampling import PAD, SamplerFeatures, SamplingRows, features_of, pack
-from jaxinfer.generation.scheduler import DecodeStep, MustDrain, PrefillStep, Scheduler, power_of_two, prefill_shape
+from jaxinfer.generation.scheduler import (
+    DecodeStep,
+    MustDrain,
+    Packing,
+    PrefillStep,
+    Scheduler,
+    decode_rows,
+    power_of_two,
+    prefill_shape,
+)
 from jaxinfer.generation.text import TextStream
+from jaxinfer.plan import Plan
 
 NOT_FINITE = "the model's logits were not finite (NaN or infinity), or every token was forbidden"
+PIECE = 128
+"""Tokens of a row of attention in a packed step: a tile of the prefill kernel."""
+PACKED_BLOCKS = 8
+"""Least width of a packed step's block tables, where a kernel reads them: the prompts of most crowds, one program."""
 
 
 @dataclass(eq=False)
@@ -62,6 +76,10 @@ class Running(scheduling.Sequence):
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+
+    def __post_init__(self) -> None:
+        """What a prompt is to report is reported by rows."""
+        self.packable = not self.wish.logits and self.wish.logprobs is None
 
     @property
     def ended(self) -> bool:
@@ -109,6 +127,7 @@ class Runner:
             prefill_chunk=plan.prefill_chunk,
             prefill_tokens=plan.prefill_tokens,
             prefill_blocks=plan.prefill_blocks,
+            packing=packing_of(plan),
         )
         self.counters = Counters()
         self._pending: deque[_Pending] = deque()
@@ -152,17 +171,10 @@ class Runner:
 
     def _prefill(self, step: PrefillStep) -> None:
         plan = self.plan
-        per_shard, length = prefill_shape(
-            max(len(rows) for rows in step.rows), max(row.stop - row.start for rows in step.rows for row in rows)
-        )
-        # As far as these tokens see: a sequence has blocks for what it will say as well.
-        blocks = power_of_two(max(blocks_for(row.stop) for rows in step.rows for row in rows))
-        size = per_shard * plan.shards
-        tokens, positions = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
-        tables = np.full((size, blocks), NULL_BLOCK, np.int32)
+        layout = _packed(step, plan, self.scheduler.packing) if step.packed else _in_rows(step, plan)
+        size, per_shard = len(layout.tables), len(layout.tables) // plan.shards
         last, number = np.zeros(size, np.int32), np.zeros(size, np.int32)
         slots = np.full(size, plan.slots, np.int32)
-        targets = np.zeros((size, length), np.int32)
         params: list[ResolvedParams | None] = [None] * size
         placed: list[tuple[int, Any]] = []
         now = time.perf_counter()
@@ -173,22 +185,14 @@ class Runner:
                 sequence = row.sequence
                 assert isinstance(sequence, Running)
                 sequence.started = sequence.started or now
-                said = sequence.prompt + sequence.output
-                count = row.stop - row.start
-                tokens[index, :count] = said[row.start : row.stop]
-                positions[index, :count] = np.arange(row.start, row.stop)
-                following = said[row.start + 1 : row.stop + 1]
-                targets[index, : len(following)] = following
-                seen = sequence.blocks[:blocks]
-                tables[index, : len(seen)] = seen
-                last[index], number[index], long[index] = count - 1, len(sequence.output), sequence.long
+                last[index], number[index], long[index] = layout.last[index], len(sequence.output), sequence.long
                 if row.last and sequence.max_tokens and sequence.slot is not None:
                     slots[index] = sequence.slot
                 params[index] = sequence.params
                 if not sequence.preemptions:
                     wishes.append(sequence.wish)
                 placed.append((index, row))
-                self.counters.prefill_tokens += count
+                self.counters.prefill_tokens += row.stop - row.start
         features = features_of(params)
         asked = [wish.logprobs for wish in wishes if wish.logprobs is not None]
         wish = PromptWish(
@@ -196,16 +200,17 @@ class Runner:
             logprobs=min((n for n in (0, 1, 5, MAX_LOGPROBS) if n >= max(asked)), default=None) if asked else None,
         )
         inputs = PrefillInputs(
-            tokens=tokens,
-            positions=positions,
-            tables=tables,
+            tokens=layout.tokens,
+            positions=layout.positions,
+            tables=layout.tables,
             last=last,
             slots=slots,
             step=number,
             rows=pack(params),
             long=long if plan.spec.long_from is not None else None,
-            targets=targets if wish.logprobs is not None else None,
+            targets=layout.targets if wish.logprobs is not None else None,
             history=_history(size, placed) if features.penalties else None,
+            pieces=layout.pieces,
         )
         drawn, report = self.executor.prefill(inputs, features, wish)
         self.counters.prefill_steps += 1
@@ -213,24 +218,27 @@ class Runner:
 
     def _decode(self, step: DecodeStep) -> None:
         plan = self.plan
-        size = self.executor.batch
+        per_shard = decode_rows(max(map(len, step.rows)), plan.slots)
+        size = per_shard * plan.shards
+        slots = np.full(size, plan.slots, np.int32)
         positions, steps, number = (np.zeros(size, np.int32) for _ in range(3))
         blocks = _bucket_width(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
         tables = np.full((size, blocks), NULL_BLOCK, np.int32)
         long = np.zeros(size, bool)
         placed: list[tuple[int, Any]] = []
         for shard, rows in enumerate(step.rows):
-            for row in rows:
+            for index, row in enumerate(rows, start=shard * per_shard):
                 sequence = row.sequence
                 assert isinstance(sequence, Running) and sequence.slot is not None
-                index = shard * plan.slots + sequence.slot
+                slots[index] = sequence.slot
                 positions[index], steps[index], number[index] = row.position, row.steps, row.step
                 tables[index, : len(sequence.blocks)] = sequence.blocks
                 long[index] = sequence.long
                 placed.append((index, row))
                 self.counters.decode_tokens += row.steps
-        sampling, features = self._sampling(placed)
+        sampling, features = self._sampling(placed, size)
         inputs = DecodeInputs(
+            slots=slots,
             positions=positions,
             steps=steps,
             step=number,
@@ -242,11 +250,11 @@ class Runner:
         self.counters.decode_steps += 1
         self._pending.append(_Pending(step, drawn, None, placed))
 
-    def _sampling(self, placed: Sequence[tuple[int, Any]]) -> tuple[SamplingRows, SamplerFeatures]:
-        """The slots' sampling parameters, packed anew only when another sequence has sat down."""
-        seated = tuple((index, row.sequence.arrival) for index, row in placed)
+    def _sampling(self, placed: Sequence[tuple[int, Any]], size: int) -> tuple[SamplingRows, SamplerFeatures]:
+        """The sampling parameters of so many rows, packed anew only when other sequences have them."""
+        seated = size, *((index, row.sequence.arrival) for index, row in placed)
         if self._seated_rows is None or seated != self._seated:
-            params: list[ResolvedParams | None] = [None] * self.executor.batch
+            params: list[ResolvedParams | None] = [None] * size
             for index, row in placed:
                 params[index] = row.sequence.params
             self._seated, self._seated_rows = seated, (pack(params), features_of(params))
@@ -334,6 +342,82 @@ class Runner:
         self.counters.preemptions += sequence.preemptions
         self.scheduler.finish(sequence)
         sequence.on_end()
+
+
+def packing_of(plan: Plan) -> Packing | None:
+    """How a plan's prompts are packed; None where they are not: paged layers, and two sets of rotary frequencies."""
+    if plan.tiers is not None or plan.spec.long_from is not None:
+        return None
+    kernel = any(c.op == "prefill attention" and c.implementation == "mosaic" for c in plan.implementations)
+    return Packing(PIECE if kernel else None)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The part of a prefill step's inputs that depends on how it is laid out; see :class:`PrefillInputs`."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    tables: np.ndarray
+    last: np.ndarray
+    targets: np.ndarray | None = None
+    pieces: np.ndarray | None = None
+
+
+def _in_rows(step: PrefillStep, plan: Plan) -> _Prompts:
+    """Every chunk a row."""
+    per_shard, length = prefill_shape(max(map(len, step.rows)), _longest(step))
+    # As far as these tokens see: a sequence has blocks for what it will say as well.
+    blocks = power_of_two(max(blocks_for(row.stop) for rows in step.rows for row in rows))
+    size = per_shard * plan.shards
+    tokens, positions = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
+    tables, last = np.full((size, blocks), NULL_BLOCK, np.int32), np.zeros(size, np.int32)
+    targets = np.zeros((size, length), np.int32)
+    for shard, rows in enumerate(step.rows):
+        for index, row in enumerate(rows, start=shard * per_shard):
+            said, count = row.sequence.prompt + row.sequence.output, row.stop - row.start
+            tokens[index, :count] = said[row.start : row.stop]
+            positions[index, :count] = np.arange(row.start, row.stop)
+            following = said[row.start + 1 : row.stop + 1]
+            targets[index, : len(following)] = following
+            seen = row.sequence.blocks[:blocks]
+            tables[index, : len(seen)] = seen
+            last[index] = count - 1
+    return _Prompts(tokens, positions, tables, last, targets)
+
+
+def _packed(step: PrefillStep, plan: Plan, packing: Packing | None) -> _Prompts:
+    """The chunks of a shard one behind the other, and rows of pieces of them for attention."""
+    assert packing is not None and step.packed is not None
+    shards, total = plan.shards, step.packed
+    needed = max(sum(packing.needed(row.stop - row.start) for row in rows) for rows in step.rows)
+    per_shard, length = packing.shape(total, needed, _longest(step))
+    blocks = power_of_two(max(blocks_for(row.stop) for rows in step.rows for row in rows))
+    if packing.piece is not None:
+        blocks = max(blocks, PACKED_BLOCKS)
+    tokens, positions = np.zeros((shards, total), np.int32), np.full((shards, total), -1, np.int32)
+    tables = np.full((shards * per_shard, blocks), NULL_BLOCK, np.int32)
+    pieces = np.full((shards * per_shard, length), total, np.int32)
+    last = np.zeros(shards * per_shard, np.int32)
+    for shard, rows in enumerate(step.rows):
+        used, piece = 0, shard * per_shard
+        for index, row in enumerate(rows, start=shard * per_shard):
+            said, count = row.sequence.prompt + row.sequence.output, row.stop - row.start
+            tokens[shard, used : used + count] = said[row.start : row.stop]
+            positions[shard, used : used + count] = np.arange(row.start, row.stop)
+            seen = row.sequence.blocks[:blocks]
+            for first in range(0, count, length):
+                part = min(length, count - first)
+                pieces[piece, :part] = np.arange(used + first, used + first + part)
+                tables[piece, : len(seen)] = seen
+                piece += 1
+            used += count
+            last[index] = used - 1
+    return _Prompts(tokens, positions, tables, last, pieces=pieces)
+
+
+def _longest(step: PrefillStep) -> int:
+    return max(row.stop - row.start for rows in step.rows for row in rows)
 
 
 def _collect_prompt(sequence: Running, row: Any, index: int, report: PromptReport) -> None:

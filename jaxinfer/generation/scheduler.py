@@ -3,13 +3,14 @@
 Pure host bookkeeping. The scheduler hands out :class:`PrefillStep` and :class:`DecodeStep` descriptions; whoever runs
 them reports back which sequences ended. Steps may be handed out before the results of earlier ones are known: device
 work runs in the order in which it was handed out, so blocks and slots of a sequence that turns out to have ended may be
-given to another at once.
+given to another at once, and those of one whose last step has been handed out before its results are there.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,6 +23,8 @@ class Status(Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    LEAVING = "leaving"
+    """Its last step has been handed out: slot and blocks are free, its last tokens are not yet known."""
     ENDED = "ended"
 
 
@@ -40,6 +43,7 @@ class Sequence:
         shard: data shard, or None.
         blocks: its blocks in order.
         preemptions: how often it lost its blocks and was computed again.
+        packable: whether its prompt may be computed in a packed step.
     """
 
     prompt: list[int]
@@ -54,6 +58,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     preemptions: int = 0
+    packable: bool = True
 
     @property
     def prefilling(self) -> bool:
@@ -78,9 +83,14 @@ class PrefillRow:
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """Chunks to compute together, by data shard."""
+    """Chunks to compute together, by data shard.
+
+    ``packed`` is None where each chunk is a row, padded to the longest; else the chunks of a shard lie one behind the
+    other in so many tokens, and the padding is at the end.
+    """
 
     rows: tuple[tuple[PrefillRow, ...], ...]
+    packed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,41 @@ def prefill_shape(rows: int, tokens: int) -> tuple[int, int]:
     return power_of_two(rows), max(16, power_of_two(tokens))
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How prompts are packed: products see the tokens of all chunks in a row, attention sees rows of its own.
+
+    Attributes:
+        piece: tokens of a row of attention; a longer chunk has several, a shorter one is padded to it. A step has a row
+            for every half of it, which chunks of half a piece on average fill. None: a row for each chunk, padded to
+            the longest.
+    """
+
+    piece: int | None = None
+
+    def needed(self, size: int) -> int:
+        """Rows of attention that a chunk takes."""
+        return 1 if self.piece is None else -(-size // self.piece)
+
+    def shape(self, tokens: int, rows: int, longest: int) -> tuple[int, int]:
+        """Rows of attention, and tokens of each, of a step of ``tokens`` that needs ``rows`` on its fullest shard."""
+        return prefill_shape(rows, longest) if self.piece is None else (-(-2 * tokens // self.piece), self.piece)
+
+
+LEAST_PACKED = 256
+"""Tokens of the smallest packed step: with fewer, reading the weights takes longer than what is computed with them."""
+LITTLE_PADDING = 0.9
+"""Share of tokens that are no padding from which rows are good enough, and need no other program."""
+
+
+def decode_rows(active: int, slots: int) -> int:
+    """Rows that a decode step is padded to: 8, 32, whole 64s, or all slots if they are fewer; so few are compiled.
+
+    Up to 8 rows products take as long as for one; from about 64 on they take longer with every row.
+    """
+    return min(slots, next((rows for rows in (8, 32) if active <= rows), -(-active // 64) * 64))
+
+
 def power_of_two(count: int) -> int:
     """The power of two that is at least ``count``."""
     return 1 << max(count - 1, 0).bit_length()
@@ -131,6 +176,7 @@ class Scheduler:
         prefill_chunk: most tokens of one sequence in a prefill step.
         prefill_tokens: most tokens of one shard in a prefill step of several rows, counted as they are padded.
         prefill_blocks: most blocks that such a step reads on one shard, counted likewise.
+        packing: how prompts of unequal length are packed, or None where every chunk is a row of its own.
     """
 
     def __init__(
@@ -143,13 +189,16 @@ class Scheduler:
         prefill_chunk: int,
         prefill_tokens: int,
         prefill_blocks: int,
+        packing: Packing | None = None,
     ) -> None:
         """Start empty."""
+        self.packing = packing
         self.shards, self.slots, self.decode_chunk = shards, slots, decode_chunk
         self.prefill_chunk, self.prefill_tokens, self.prefill_blocks = prefill_chunk, prefill_tokens, prefill_blocks
         self.allocators = [BlockAllocator(num_blocks) for _ in range(shards)]
         self._waiting: list[Sequence] = []
         self._running: list[dict[int, Sequence]] = [{} for _ in range(shards)]
+        self._leaving: set[Sequence] = set()
         self._arrivals = 0
 
     @property
@@ -165,7 +214,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not any(self._running)
+        return not self._waiting and not any(self._running) and not self._leaving
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -189,20 +238,36 @@ class Scheduler:
             self._waiting.remove(sequence)
         elif sequence.status is Status.RUNNING:
             self._release(sequence)
+        self._leaving.discard(sequence)
         sequence.status = Status.ENDED
 
     def next_prefill(self) -> PrefillStep | None:
         """Admit waiting sequences and hand out the next chunks of those whose prompt is not yet computed."""
+        self._let_go()
         self._admit()
-        rows: list[list[PrefillRow]] = [[] for _ in range(self.shards)]
+        waiting = [sequence for sequence in self.running() if sequence.prefilling]
+        if not waiting:
+            return None
+        rows, share = self._in_rows(waiting)
+        packed = None
+        # The oldest is served at every step, so nobody waits for ever beside prompts that are packed.
+        if self.packing is not None and len(waiting) > 1 and share < LITTLE_PADDING and waiting[0].packable:
+            found, tokens, filled = self._best_pack(waiting)
+            if found and filled >= share:
+                rows, packed = found, tokens
+        return PrefillStep(tuple(tuple(map(self._chunk, each)) for each in rows), packed)
+
+    def _in_rows(self, waiting: Series[Sequence]) -> tuple[list[list[Sequence]], float]:
+        """Who fits in a step that pads every row to the longest one, and the share that is not padding."""
+        rows: list[list[Sequence]] = [[] for _ in range(self.shards)]
         full: set[int] = set()
-        most = longest = widest = 0
-        for sequence in self.running():
+        most = longest = widest = total = 0
+        for sequence in waiting:
             shard = sequence.shard
             assert shard is not None
-            if not sequence.prefilling or shard in full:
+            if shard in full:
                 continue
-            size = min(sequence.target - sequence.computed, self.prefill_chunk)
+            size = self._size(sequence)
             # Every row of every shard is padded to the longest one, so what counts is the padded step.
             count, length = prefill_shape(max(most, len(rows[shard]) + 1), max(longest, size))
             blocks = power_of_two(max(widest, len(sequence.blocks)))
@@ -210,14 +275,63 @@ class Scheduler:
                 full.add(shard)
                 continue
             most, longest = max(most, len(rows[shard]) + 1), max(longest, size)
-            widest = max(widest, len(sequence.blocks))
-            start, stop = sequence.computed, sequence.computed + size
-            last = stop == sequence.target
-            rows[shard].append(PrefillRow(sequence, start, stop, last))
-            sequence.computed = stop
-            if last and sequence.max_tokens:
-                sequence.dispatched += 1
-        return PrefillStep(tuple(map(tuple, rows))) if most else None
+            widest, total = max(widest, len(sequence.blocks)), total + size
+            rows[shard].append(sequence)
+        count, length = prefill_shape(most, longest)
+        return rows, total / (self.shards * count * length)
+
+    def _best_pack(self, waiting: Series[Sequence]) -> tuple[list[list[Sequence]], int, float]:
+        """Who goes into a packed step of how many tokens, and the share that is not padding.
+
+        The largest step that is three quarters full, since what it leaves costs one more read of the weights; else the
+        fullest.
+        """
+        tokens = power_of_two(self.prefill_tokens + 1) // 2  # rounded down
+        best: tuple[list[list[Sequence]], int, float] = ([], tokens, 0.0)
+        while tokens >= LEAST_PACKED:
+            rows, share = self._in_pack(waiting, tokens)
+            if share > best[2]:
+                best = rows, tokens, share
+            if share >= 0.75:
+                break
+            tokens //= 2
+        return best
+
+    def _in_pack(self, waiting: Series[Sequence], tokens: int) -> tuple[list[list[Sequence]], float]:
+        """Who fits in a packed step of so many tokens, and the share that is not padding."""
+        assert self.packing is not None
+        rows: list[list[Sequence]] = [[] for _ in range(self.shards)]
+        used, needed = [0] * self.shards, [0] * self.shards
+        longest = widest = 0
+        for sequence in waiting:
+            shard, size = sequence.shard, self._size(sequence)
+            assert shard is not None
+            taken = needed[shard] + self.packing.needed(size)
+            most, blocks = max(*needed, taken), power_of_two(max(widest, len(sequence.blocks)))
+            count, length = self.packing.shape(tokens, most, max(longest, size))
+            fits = used[shard] + size <= tokens and most <= count
+            if self.packing.piece is None:
+                # Attention without a kernel pads rows, and gathers the blocks of each.
+                fits = fits and count * length <= 4 * tokens and count * blocks <= self.prefill_blocks
+            if not fits or not sequence.packable:
+                continue
+            rows[shard].append(sequence)
+            used[shard], needed[shard] = used[shard] + size, taken
+            longest, widest = max(longest, size), max(widest, len(sequence.blocks))
+        return rows, sum(used) / (self.shards * tokens)
+
+    def _size(self, sequence: Sequence) -> int:
+        """Tokens of a sequence's next chunk."""
+        return min(sequence.target - sequence.computed, self.prefill_chunk)
+
+    def _chunk(self, sequence: Sequence) -> PrefillRow:
+        """Hand out the next chunk of a sequence."""
+        start = sequence.computed
+        stop = sequence.computed = start + self._size(sequence)
+        last = stop == sequence.target
+        if last and sequence.max_tokens:
+            sequence.dispatched += 1
+        return PrefillRow(sequence, start, stop, last)
 
     def next_decode(self, *, outstanding: bool) -> DecodeStep | None:
         """Hand out the next tokens of every sequence that has some to come.
@@ -228,6 +342,7 @@ class Scheduler:
         Raises:
             MustDrain: blocks have run out and ``outstanding`` is true.
         """
+        self._let_go()
         rows: list[tuple[DecodeRow, ...]] = []
         for shard in range(self.shards):
             for sequence in self.running(shard):
@@ -287,6 +402,14 @@ class Scheduler:
             sequence.dispatched = len(sequence.output)
             sequence.status = Status.RUNNING
             self._running[shard][sequence.slot] = sequence
+
+    def _let_go(self) -> None:
+        """Free slots and blocks of sequences of which nothing is left to hand out."""
+        for sequence in self.running():
+            if not sequence.prefilling and sequence.dispatched >= sequence.max_tokens:
+                self._release(sequence)
+                sequence.status = Status.LEAVING
+                self._leaving.add(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)

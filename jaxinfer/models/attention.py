@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -22,6 +24,47 @@ LayerCache = tuple[jax.Array, ...]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Pieces:
+    """How attention sees tokens that are packed, chunks of several sequences one behind the other: as padded rows.
+
+    So products compute no padding, and attention, which is a few percent of them, is the same as of rows.
+
+    Attributes:
+        tokens: int32 [P, L], the token at each place of the rows; T where there is none.
+        positions: int32 [P, L], its position; negative where there is none.
+        places: int32 [T], the place of each token, counted over all rows.
+        tables: int32 [T, W], the block table of each token's row.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    places: jax.Array
+    tables: jax.Array
+
+    @classmethod
+    def of(cls, tokens: jax.Array, positions: jax.Array, tables: jax.Array) -> Pieces:
+        """Derive the rest from ``tokens`` [P, L], the positions [1, T] of the packed tokens, and tables [P, W]."""
+        count = positions.shape[1]
+        there = tokens < count
+        spread = jnp.where(there, jnp.take(positions[0], tokens, mode="clip"), -1)
+        places = (
+            jnp.zeros(count, jnp.int32)
+            .at[tokens]
+            .set(jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape), mode="drop")
+        )
+        return cls(tokens, spread, places, tables[places // tokens.shape[1]])
+
+    def spread(self, values: jax.Array) -> jax.Array:
+        """[1, T, ...] to the rows [P, L, ...]; anything where there is no token."""
+        return jnp.take(values[0], self.tokens, axis=0, mode="clip")
+
+    def gather(self, values: jax.Array) -> jax.Array:
+        """[P, L, ...] back to [1, T, ...]; anything where the packed tokens are padding."""
+        return jnp.take(values.reshape(-1, *values.shape[2:]), self.places, axis=0, mode="clip")[None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Batch:
     """What a step is given: new tokens of several sequences, and where their keys and values live.
 
@@ -30,12 +73,14 @@ class Batch:
         positions: int32 [B, T] place of each token in its sequence; negative marks padding.
         tables: int32 [B, W] block tables, or None for a forward pass without a cache, whose sequences start at 0.
         long: bool [B], sequences that take the long rotary frequencies; None where the model has one set.
+        pieces: where tokens are packed [1, T], the rows that attention sees, whose block tables ``tables`` are.
     """
 
     tokens: jax.Array
     positions: jax.Array
     tables: jax.Array | None = None
     long: jax.Array | None = None
+    pieces: Pieces | None = None
 
 
 class Attention(nnx.Module):
@@ -97,36 +142,28 @@ class Attention(nnx.Module):
             residual: [B, T, H], added to the result.
         """
         with jax.named_scope("attention"):
-            qkv = ops.linear(
-                x, self.qkv[...], array(self.qkv_scale),
-                norm=None if norm is None else norm.of_input(),
-                bias=self.qkv_bias[...] if self.qkv_biased else None,
-            )  # fmt: skip
-            query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
-            if self.normed:
-                query, key = self.query_norm(query), self.key_norm(key)
-            rotary = self.layer.rotary
-            if rotary is not None:
-                cos, sin = positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
-                query = positions.rotate(query, cos, sin, interleaved=rotary.interleaved)
-                key = positions.rotate(key, cos, sin, interleaved=rotary.interleaved)
-            key = key[..., 0, :]
-            bias = self._bias(query.shape[2], query.shape[3])
+            groups, per_group = self.qkv.shape[0], self.qkv.shape[1] - 2
+            bias = self._bias(groups, per_group)
             scale, window = self.layer.scale, self.layer.window
             if cache is None or batch.tables is None:
+                query, key, value = self._heads(self._product(x, norm), batch)
                 y = ops.attention(
                     query, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2), batch.positions,
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                 )  # fmt: skip
             else:
-                cache = ops.write_cache(cache, key, value, batch.tables, batch.positions)
+                query, cache = self._written(x, batch, batch.tables, cache, norm)
+                pieces, places = batch.pieces, batch.positions
+                if pieces is not None:
+                    query, places = pieces.spread(query), pieces.positions
                 keys, values, *factors = cache
                 key_scales, value_scales = factors or (None, None)
                 y = ops.paged_attention(
-                    query, keys, values, batch.tables, batch.positions,
+                    query, keys, values, batch.tables, places,
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
                     key_scales=key_scales, value_scales=value_scales,
                 )  # fmt: skip
+                y = y if pieces is None else pieces.gather(y)
             out, out_scale = self.out[...], array(self.out_scale)
             if out_scale is not None and out_scale.ndim > 1:
                 out_scale = out_scale.reshape(-1, out_scale.shape[-1])
@@ -135,6 +172,66 @@ class Attention(nnx.Module):
                 axis="tensor", bias=self.out_bias[...] if self.out_biased else None, residual=residual,
             )  # fmt: skip
             return y, cache
+
+    def _product(self, x: jax.Array, norm: Norm | None) -> jax.Array:
+        """Query, key and value [B, T, G, R + 2, D], before they are normalised and rotated."""
+        return ops.linear(
+            x, self.qkv[...], array(self.qkv_scale),
+            norm=None if norm is None else norm.of_input(),
+            bias=self.qkv_bias[...] if self.qkv_biased else None,
+        )  # fmt: skip
+
+    def _heads(self, qkv: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query [B, T, G, R, D], key and value [B, T, G, D], normalised and rotated."""
+        query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
+        if self.normed:
+            query, key = self.query_norm(query), self.key_norm(key)
+        rotary = self.layer.rotary
+        if rotary is not None:
+            cos, sin = positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
+            query = positions.rotate(query, cos, sin, interleaved=rotary.interleaved)
+            key = positions.rotate(key, cos, sin, interleaved=rotary.interleaved)
+        return query, key[..., 0, :], value
+
+    def _written(
+        self, x: jax.Array, batch: Batch, tables: jax.Array, cache: LayerCache, norm: Norm | None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Query [B, T, G, R, D], and the cache with keys and values in it."""
+        rotary, dim, pieces = self.layer.rotary, self.qkv.shape[2], batch.pieces
+        chosen = ops.qkv_choice(
+            ops.device(), rows=math.prod(x.shape[:-1]), inputs=x.shape[-1], head_dim=dim, dtype=x.dtype,
+            weight_dtype=self.qkv.dtype, kv_dtype=cache[0].dtype,
+            rotary=None if rotary is None else rotary.kind_in(dim), head_norms=self.normed,
+        )  # fmt: skip
+        if pieces is None and chosen.implementation != "apart":
+            keys, values = cache
+            angles = None if rotary is None else positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
+            return ops.qkv_gemm(
+                x, self.qkv[...], (keys, values), tables, batch.positions,
+                norm=None if norm is None else norm.of_input(),
+                bias=self.qkv_bias[...] if self.qkv_biased else None,
+                rotary=angles, weight_scale=array(self.qkv_scale), implementation="mosaic",
+            )  # fmt: skip
+        qkv = self._product(x, norm)
+        if pieces is None and rotary is not None and self._one_pass(qkv, cache):
+            turn = functools.partial(positions.angles, rotary, long=batch.long)
+            return ops.rotary_cache(qkv, turn, cache, tables, batch.positions, implementation="mosaic")
+        query, key, value = self._heads(qkv, batch)
+        if pieces is None:
+            return query, ops.write_cache(cache, key, value, tables, batch.positions)
+        # Every token as a sequence of its own.
+        new = (key[0][:, None], value[0][:, None])
+        return query, ops.write_cache(cache, *new, pieces.tables, batch.positions[0][:, None])
+
+    def _one_pass(self, qkv: jax.Array, cache: LayerCache) -> bool:
+        """Whether a kernel rotates queries and keys and writes keys and values at once."""
+        rotary = self.layer.rotary
+        chosen = ops.rotary_cache_choice(
+            ops.device(), query_tokens=qkv.shape[1], head_dim=qkv.shape[-1], dtype=qkv.dtype, kv_dtype=cache[0].dtype,
+            pairs=None if rotary is None else len(rotary.inv_freq),
+            interleaved=rotary is not None and rotary.interleaved, normed=self.normed,
+        )  # fmt: skip
+        return chosen.implementation == "mosaic"
 
     def _bias(self, groups: int, per_group: int) -> ops.Bias | None:
         """ALiBi for this device's heads."""

@@ -29,11 +29,18 @@ def shapes_of(spec: ModelSpec, layout: Layout, dtype: str, kv_dtype: str, weight
         "mlp.up": (spec.hidden, split),
         "mlp.down": (split, spec.hidden),
     }
+    rotary = spec.layers[0].rotary  # layers differ in frequencies, not in what they rotate
     return Shapes(
         dtype=dtype,
         heads_per_key=per_group,
         head_dim=spec.head_dim,
         kv_dtype=kv_dtype,
         products=tuple((name, *size, jnp.dtype(weights[f"layers.0.{name}"]).name) for name, size in sizes.items()),
+        pairs=None if rotary is None else len(rotary.inv_freq),
+        interleaved=rotary is not None and rotary.interleaved,
+        activation=spec.activation,
+        gated={"mlp.up": spec.mlp_bias} if spec.gated_mlp else {},
         norm=spec.norm.kind,
+        rotary=next((s.rotary.kind_in(spec.head_dim) for s in spec.layers if s.rotary), None),
+        head_norms=spec.qk_norm is not None,
     )

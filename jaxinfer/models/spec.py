@@ -63,6 +63,12 @@ class Rotary:
     long_inv_freq: tuple[float, ...] | None = None
     long_from: int | None = None
 
+    def kind_in(self, head_dim: int) -> Literal["halves", "partial", "interleaved"]:
+        """Which entries of a head are mixed, as :data:`pallas_kernels.choices.RotaryKind` calls it."""
+        if self.interleaved:
+            return "interleaved"
+        return "halves" if 2 * len(self.inv_freq) == head_dim else "partial"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Alibi:

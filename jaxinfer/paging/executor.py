@@ -25,6 +25,8 @@ from jaxinfer.executor import (
     PromptReport,
     PromptWish,
     _fetching,
+    _kept,
+    _seated,
     _shapes,
 )
 from jaxinfer.generation.sampling import PenaltyState, SamplerFeatures
@@ -102,7 +104,7 @@ class PagedExecutor(Executor):
         return _fetching(drawn), _fetching(report)
 
     def decode(self, inputs: DecodeInputs, features: SamplerFeatures) -> Drawn:
-        """Advance every slot; see :meth:`Executor.decode`. Passes that would advance none are left out.
+        """Advance sequences; see :meth:`Executor.decode`. Passes that would advance none are left out.
 
         Raises:
             CheckpointError: as :meth:`prefill`.
@@ -111,7 +113,7 @@ class PagedExecutor(Executor):
             self.trace.append(("decode", functools.partial(self.decode, inputs, features)))
         most = max(1, min(int(np.max(inputs.steps)), self.plan.decode_chunk))
         placed = jax.device_put(inputs, jax.tree.map(lambda _: self._sharding(self._rows), inputs))
-        what = f"decode of {self.batch} slots, context {inputs.tables.shape[1] * 64}"
+        what = f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}"
         drawn = [self._decode_one(placed, np.int32(index), features, what) for index in range(most)]
         return _fetching(_stacked(drawn))
 
@@ -248,7 +250,7 @@ class PagedExecutor(Executor):
         return self._prefill_end(self._model(leaves), whole, last, penalties, inputs, features, wish)
 
     def _decode_head(self, leaves: list[jax.Array], last: jax.Array, inputs: DecodeInputs, index: jax.Array) -> Piece:
-        batch = self._decode_batch(last, inputs, index)
+        batch = self._decode_batch(_seated(last, inputs.slots), inputs, index)
         hidden, _ = self._model(leaves).hidden_states(batch, [])
         return hidden, batch
 
@@ -263,7 +265,10 @@ class PagedExecutor(Executor):
         *,
         features: SamplerFeatures,
     ) -> tuple[jax.Array, PenaltyState | None, Drawn]:
-        return self._decode_end(self._model(leaves), hidden, last, penalties, inputs, index, features)
+        own = _seated(last, inputs.slots), _seated(penalties, inputs.slots)
+        token, counted, drawn = self._decode_end(self._model(leaves), hidden, *own, inputs, index, features)
+        last, penalties = _kept(last, inputs.slots, token), _kept(penalties, inputs.slots, counted)
+        return last, penalties, drawn
 
     def _decoder(self) -> Decoder:
         """The model without its layers, which are kept apart."""

@@ -127,7 +127,8 @@ def test_a_step_for_empty_slots_changes_nothing(engine):
     zeros = np.zeros(executor.batch, np.int32)
     tables = np.zeros((executor.batch, 1), np.int32)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves((executor.caches, executor.last))]
-    inputs = DecodeInputs(positions=zeros, steps=zeros, step=zeros, tables=tables, rows=pack(nobody))
+    nowhere = np.full(executor.batch, plan.slots, np.int32)
+    inputs = DecodeInputs(slots=nowhere, positions=zeros, steps=zeros, step=zeros, tables=tables, rows=pack(nobody))
     drawn = executor.decode(inputs, features_of(nobody))
     assert drawn.tokens.shape == (plan.decode_chunk, executor.batch)
     for old, new in zip(before, jax.tree.leaves((executor.caches, executor.last)), strict=True):
@@ -182,4 +183,4 @@ def test_compilation_is_announced_once(root, monkeypatch):
         monkeypatch.setattr(executor, "_on_compile", lambda what: (said.append(what), show(what))[1])
         engine.generate(PROMPTS[0], GREEDY)
         engine.generate(PROMPTS[0], GREEDY)
-    assert said == ["prefill of 1 x 16 tokens, context 64", "decode of 4 slots, context 64"]
+    assert said == ["prefill of 1 x 16 tokens, context 64", "decode of 4 sequences, context 64"]

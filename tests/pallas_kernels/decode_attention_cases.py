@@ -11,24 +11,47 @@ import jax.numpy as jnp
 
 from pallas_kernels import BLOCK_SIZE
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_kernel import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from tests.decode_oracle import arguments
 
-# batch, groups, heads, dim, width, (splits, stages) or None for what would be chosen, options, dtype
-SHAPES: dict[str, tuple[int, int, int, int, int, tuple[int, int] | None, dict[str, Any], Any]] = {
+# batch, groups, heads, dim, width, the configuration or None for what would be chosen, options, dtype
+SHAPES: dict[str, tuple[int, int, int, int, int, DecodeConfig | None, dict[str, Any], Any]] = {
     "llama-7b batch 1": (1, 32, 1, 128, 9, None, {}, jnp.bfloat16),
+    "two consumers": (1, 32, 1, 128, 9, DecodeConfig(splits=1, stages=6, consumers=2, overlap=True), {}, jnp.bfloat16),
+    "three consumers": (
+        1, 32, 1, 128, 9, DecodeConfig(splits=1, stages=6, consumers=3, overlap=True), {}, jnp.bfloat16,
+    ),
+    "two consumers, grouped, ahead": (
+        4, 8, 8, 128, 64, DecodeConfig(splits=2, stages=4, consumers=2, overlap=True, ahead=True),
+        {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
+    ),
+    "two consumers, int8": (
+        1, 32, 1, 128, 9, DecodeConfig(splits=1, stages=6, consumers=2, overlap=True, ahead=True), {"kv": jnp.int8},
+        jnp.bfloat16,
+    ),
+    "fused, two consumers, ahead": (
+        1, 32, 1, 128, 9, DecodeConfig(splits=4, stages=2, consumers=2, fused=True, overlap=True, ahead=True),
+        {"sinks": True}, jnp.bfloat16,
+    ),
+    "fused, heads of 96": (
+        1, 32, 1, 96, 9, DecodeConfig(splits=2, stages=2, fused=True, overlap=True), {"slopes": True}, jnp.float16,
+    ),
     "llama-7b batch 16": (16, 32, 1, 128, 9, None, {}, jnp.bfloat16),
     "grouped, 4096 tokens": (32, 8, 4, 128, 64, None, {}, jnp.bfloat16),
     "grouped, capped window and sinks": (
-        4, 8, 8, 128, 64, (4, 3), {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
+        4, 8, 8, 128, 64, DecodeConfig(splits=4, stages=3),
+        {"window": 1024, "softcap": 50.0, "sinks": True}, jnp.bfloat16,
     ),
-    "float16 and ALiBi": (4, 32, 1, 128, 16, (2, 3), {"slopes": True, "scaled": True}, jnp.float16),
+    "float16 and ALiBi": (
+        4, 32, 1, 128, 16, DecodeConfig(splits=2, stages=3), {"slopes": True, "scaled": True}, jnp.float16,
+    ),
     "multi-query, 71 heads of 64": (2, 1, 71, 64, 16, None, {}, jnp.bfloat16),
     "heads of 80": (2, 32, 1, 80, 16, None, {}, jnp.bfloat16),
     "heads of 96": (2, 32, 1, 96, 16, None, {"window": 2047}, jnp.bfloat16),
     "int8, llama-7b batch 16": (16, 32, 1, 128, 9, None, {"kv": jnp.int8}, jnp.bfloat16),
     "int8, grouped, capped window and sinks": (
-        4, 8, 8, 128, 64, (4, 3), {"window": 1024, "softcap": 50.0, "sinks": True, "kv": jnp.int8}, jnp.bfloat16,
+        4, 8, 8, 128, 64, DecodeConfig(splits=4, stages=3),
+        {"window": 1024, "softcap": 50.0, "sinks": True, "kv": jnp.int8}, jnp.bfloat16,
     ),
     "fp8, grouped, 4096 tokens": (32, 8, 4, 128, 64, None, {"kv": jnp.float8_e4m3fn}, jnp.bfloat16),
     "fp8, float16": (4, 8, 4, 64, 64, None, {"kv": jnp.float8_e4m3fn}, jnp.float16),
@@ -44,7 +67,6 @@ def _case(name: str) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStruc
     options = dict(options)
     kv = options.pop("kv", dtype)
     _, ours = arguments(options, groups, heads)
-    config = None if chosen is None else DecodeConfig(splits=chosen[0], stages=chosen[1])
     blocks = jax.ShapeDtypeStruct((batch * width + 1, groups, BLOCK_SIZE, dim), kv)
     given = [
         jax.ShapeDtypeStruct((batch, groups, heads, dim), dtype),
@@ -53,7 +75,7 @@ def _case(name: str) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStruc
         jax.ShapeDtypeStruct((batch, width), jnp.int32),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
     ]
-    run = partial(decode_attention, implementation="mosaic", config=config, **ours)
+    run = partial(decode_attention, implementation="mosaic", config=chosen, **ours)
     if kv == dtype:
         return run, given
     factors = jax.ShapeDtypeStruct(blocks.shape[:3], jnp.float32)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pallas_kernels
+from pallas_kernels.choice_table import Shapes, choices
 from pallas_kernels.choices import (
     DECODE_HEADS,
     DECODE_NARROW_HEADS,
@@ -21,15 +22,16 @@ from pallas_kernels.choices import (
     MAX_REDUCE_HEADS,
     PREFILL_HEADS,
     Device,
-    Shapes,
     attention_choice,
-    choices,
     compiling_for,
     device,
     linear_choice,
     linear_problem,
+    qkv_choice,
+    qkv_problem,
 )
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.qkv_gemm import qkv_gemm
 from pallas_kernels.skinny_gemm import skinny_gemm
 
 CPU, AMPERE, HOPPER, BLACKWELL = Device("cpu"), Device("gpu", "8.0"), Device("gpu", "9.0"), Device("gpu", "10.0")
@@ -120,6 +122,60 @@ def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(row
         assert rows > MAX_LINEAR_ROWS or (problem is not None and problem in chosen.reason)
 
 
+@pytest.mark.parametrize(
+    ("on", "changes", "why"),
+    [
+        (HOPPER, {}, None),
+        (HOPPER, {"rotary": None, "head_dim": 64}, None),
+        (HOPPER, {"weight_dtype": "int4", "rows": MAX_LINEAR_ROWS}, None),
+        (HOPPER, {"rows": MAX_LINEAR_ROWS + 1}, f"beyond {MAX_LINEAR_ROWS} rows the product is XLA's"),
+        (HOPPER, {"rows": 0}, "there are no rows"),
+        (HOPPER, {"kv_dtype": "int8"}, "keys and values of int8 with x of bfloat16"),
+        (HOPPER, {"head_dim": 64}, "rotated heads of 64, which 128 does not divide"),
+        (HOPPER, {"head_dim": 80, "rotary": None}, "heads of 80, which 64 does not divide"),
+        (HOPPER, {"rotary": "partial"}, "partial rotary embedding"),
+        (HOPPER, {"rotary": "interleaved"}, "interleaved rotary embedding"),
+        (HOPPER, {"head_norms": True}, "norms of queries and keys"),
+        (HOPPER, {"inputs": 4104}, "4104 inputs, which 16 does not divide"),
+        (AMPERE, {}, "the kernel is made for Hopper, and this is gpu of compute capability 8.0"),
+    ],
+    ids=str,
+)
+def test_query_key_and_value_are_one_kernel_or_the_choice_says_why_not(on, changes, why):
+    asked = {"rows": 1, "inputs": 4096, "head_dim": 128, "dtype": "bfloat16", "weight_dtype": "bfloat16",
+             "kv_dtype": "bfloat16", "rotary": "halves"}  # fmt: skip
+    chosen = qkv_choice(on, **asked | changes)
+    assert chosen.implementation == ("apart" if why else "mosaic")
+    assert (why or "the kernel of the product rotates and writes") in chosen.reason
+    assert chosen.compiler == ("XLA" if why else "Mosaic GPU")
+
+
+@given(
+    st.integers(1, 80), st.integers(1, 40), st.integers(1, 5), st.sampled_from([16, 64]), st.sampled_from([32, 64]),
+    st.booleans(), st.sampled_from(["bfloat16", "float32"]), st.sampled_from(["bfloat16", "int8", "int4"]),
+)  # fmt: skip
+def test_that_kernel_is_chosen_only_where_it_accepts_the_operands(rows, k, heads, unit, half, turned, dtype, weight):
+    inputs, dim = k * unit, half * heads
+    inputs = -(-inputs // 64) * 64 if weight == "int4" else inputs
+    about = {"inputs": inputs, "head_dim": dim, "rotary": "halves" if turned else None}
+    chosen = qkv_choice(HOPPER, rows=rows, dtype=dtype, weight_dtype=weight, kv_dtype=dtype, **about)
+    if chosen.implementation == "apart":
+        problem = qkv_problem(dtype, weight, dtype, **about)
+        assert rows > MAX_LINEAR_ROWS or (problem is not None and problem in chosen.reason)
+        return
+    f = jax.ShapeDtypeStruct
+    cache, channels = (f((9, 2, 64, dim), dtype),) * 2, (2, 3, dim)
+    scale = {} if weight == dtype else {
+        "weight_scale": f((*((inputs // 64,) if weight == "int4" else ()), *channels), "float32")
+    }  # fmt: skip
+    angle = f((rows, 1, dim // 2), "float32")
+    jax.eval_shape(
+        lambda *a, scale: qkv_gemm(*a, **scale, implementation="mosaic"),
+        f((rows, 1, inputs), dtype), f((*channels, inputs), weight), cache, f((rows, 2), "int32"),
+        f((rows, 1), "int32"), scale=scale | ({"rotary": (angle, angle)} if turned else {}),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kv", [None, jnp.int8, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("dim", [64, 72, 80, 256])
@@ -185,15 +241,6 @@ def test_the_kernel_of_prefill_attention_can_be_switched_off(monkeypatch):
     assert "the kernel is switched off" in chosen.reason
 
 
-def test_the_table_says_why_a_quantized_cache_has_no_kernel_in_prefill():
-    model = Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, kv_dtype="int8")
-    said = {choice.op: choice for choice in choices(HOPPER, model)}
-    assert said["decode attention"].implementation == "mosaic"
-    prefill = said["prefill attention"]
-    assert prefill.implementation == "dot"
-    assert "the kernel does not run queries of bfloat16 with keys and values of int8" in prefill.reason
-
-
 def test_the_target_is_the_default_device_unless_another_is_named():
     assert device() == Device.of(jax.devices()[0]) == CPU
     with compiling_for(HOPPER):
@@ -202,39 +249,6 @@ def test_the_target_is_the_default_device_unless_another_is_named():
         assert device() == HOPPER
     assert device() == CPU
     assert [on.hopper for on in (CPU, AMPERE, HOPPER, BLACKWELL, Device("gpu"))] == [False, False, True, False, False]
-
-
-def test_the_table_lists_every_case_where_there_is_no_model():
-    assert [c.op for c in choices(AMPERE) if "decode" in c.op] == [
-        "decode attention with up to 2 query heads a key",
-        "decode attention with more",
-    ]
-    assert [c.op for c in choices(CPU) if "decode" in c.op] == ["decode attention"]
-    assert not [c for c in choices() if c.compiler != "XLA"], "this is a CPU"
-
-
-def test_the_table_of_a_model_says_which_product_is_apart_and_why():
-    products = (("attention.qkv", 4096, 12288, "int8"), ("mlp.up", 4096, 11007, "int8"))
-    model = Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, products=products, norm="layer")
-    said = {choice.op: choice for choice in choices(HOPPER, model)}
-    assert said["products of up to 8 rows (attention.qkv)"].implementation == "mosaic"
-    odd = said["products of up to 8 rows (mlp.up)"]
-    assert odd.implementation == "dot"
-    assert "does not run 11007 outputs, which 8 does not divide" in odd.reason
-    assert said["products of more rows"].implementation == "dot"
-    older = {choice.op: choice for choice in choices(AMPERE, model)}
-    assert "the kernel is made for Hopper, and this is gpu of compute capability 8.0" in str(
-        older["products of up to 8 rows"]
-    )
-
-
-def test_the_table_says_where_norms_are_computed():
-    def norms(on: Device, kind: str) -> str:
-        model = Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, norm=kind)
-        return next(choice.implementation for choice in choices(on, model) if choice.op.startswith("norms"))
-
-    assert norms(HOPPER, "rms") == "mosaic"
-    assert norms(AMPERE, "rms") == norms(CPU, "layer") == "jnp"
 
 
 def test_a_choice_reads_as_a_sentence_and_is_json():

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import BLOCK_SIZE, Device, compiling_for
-from pallas_kernels.decode_attention import DecodeConfig, decode_attention, decode_config
+from pallas_kernels import Device, compiling_for
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_config import DecodeConfig
 from tests.decode_oracle import arguments, naive, narrowed, noise, poisoned
 
 OPTIONS: list[dict[str, Any]] = [
@@ -124,38 +125,14 @@ def test_other_bad_arguments_are_refused():
         decode_attention(*shapes(), scale=1.0, window=0)
     with pytest.raises(ValueError, match=r"sinks must be \[2, 4\]"):
         decode_attention(*shapes(), scale=1.0, sinks=jnp.zeros((8,)))
-    with pytest.raises(ValueError, match="splits and stages must be at least 1"):
+    with pytest.raises(ValueError, match="splits, stages and consumers must be at least 1"):
         decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=DecodeConfig(splits=0, stages=1))
     fused = DecodeConfig(splits=9, stages=1, fused=True)
     with pytest.raises(ValueError, match="takes 2 to 8 splits"):
         decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=fused)
-
-
-@pytest.mark.parametrize(
-    ("batch", "groups", "width", "splits"),
-    [
-        (1, 32, 8, 1),  # 512 tokens
-        (16, 8, 8, 1),
-        (32, 8, 64, 1),  # 4096 tokens
-        (1, 8, 64, 4),  # few programs and a long context
-        (1, 8, 512, 32),
-        (32, 8, 512, 8),  # one of 32 could be long alone
-    ],
-)
-def test_a_sequence_is_split_where_there_are_few_programs_and_a_long_context(batch, groups, width, splits):
-    chosen = decode_config(batch=batch, groups=groups, heads_per_key=4, width=width, head_dim=128)
-    assert chosen == DecodeConfig(splits=splits, stages=3)
-
-
-@pytest.mark.parametrize("kv_bytes", [1, 2])
-@pytest.mark.parametrize("batch", [1, 16, 64])
-@pytest.mark.parametrize("width", [1, 8, 64, 2048])
-@pytest.mark.parametrize(("dim", "heads"), [(64, 1), (64, 80), (128, 4), (128, 64), (256, 1), (256, 32)])
-def test_a_chosen_configuration_fits_the_machine(batch, width, dim, heads, kv_bytes):
-    chosen = decode_config(batch=batch, groups=8, heads_per_key=heads, width=width, head_dim=dim, kv_bytes=kv_bytes)
-    assert 1 <= chosen.splits <= width
-    shared = chosen.stages * 2 * kv_bytes * BLOCK_SIZE * dim + -(-heads // 8) * 8 * (dim * 6 + 128)
-    if kv_bytes == 1:
-        shared += chosen.stages * 8 * BLOCK_SIZE + 4 * BLOCK_SIZE * dim
-    assert chosen.stages >= 1
-    assert shared <= 220 * 1024
+    uneven = DecodeConfig(splits=1, stages=3, consumers=2)
+    with pytest.raises(ValueError, match="consumers must divide stages"):
+        decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=uneven)
+    ahead = DecodeConfig(splits=1, stages=3, ahead=True)
+    with pytest.raises(ValueError, match="ahead is a kind of overlap"):
+        decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=ahead)

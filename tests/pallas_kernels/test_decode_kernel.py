@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import BLOCK_SIZE
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_kernel import DecodeConfig
+from pallas_kernels.decode_config import DecodeConfig
 from tests import aot
 from tests.decode_oracle import arguments, naive, narrowed, noise, poisoned
 from tests.pallas_kernels import decode_attention_cases
@@ -47,19 +47,23 @@ def test_the_kernel_compiles_for_hopper_without_spills(name: str, compiled: dict
     assert not report.serialized, "ptxas serialized the wgmma pipeline"
 
 
-# batch, groups, heads, dim, width, splits, stages, options, dtype
-INTERPRETED: list[tuple[int, int, int, int, int, int, int, dict[str, Any], Any]] = [
-    (2, 2, 1, 64, 4, 1, 2, {}, jnp.bfloat16),
-    (2, 1, 4, 128, 5, 3, 1, {"window": 70}, jnp.bfloat16),
-    (2, 1, 9, 64, 4, 2, 3, {"softcap": 2.0, "sinks": True}, jnp.float16),
-    (1, 1, 2, 80, 3, 1, 2, {"slopes": True, "sinks": True}, jnp.bfloat16),
-    (1, 1, 2, 96, 3, 2, 2, {"window": 1}, jnp.float16),
-    (1, 1, 8, 96, 3, 1, 1, {}, jnp.bfloat16),
-    (2, 2, 4, 64, 4, 1, 2, {"kv": jnp.int8}, jnp.bfloat16),
-    (2, 1, 2, 128, 5, 3, 1, {"window": 70, "sinks": True, "kv": jnp.float8_e4m3fn}, jnp.bfloat16),
-    (1, 1, 9, 64, 3, 2, 3, {"softcap": 2.0, "kv": jnp.float8_e4m3fn}, jnp.float16),
-    (1, 1, 2, 256, 3, 1, 1, {"slopes": True, "kv": jnp.int8}, jnp.bfloat16),
-    (1, 1, 3, 256, 3, 3, 2, {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
+# batch, groups, heads, dim, width, splits, stages, consumers, options, dtype
+INTERPRETED: list[tuple[int, int, int, int, int, int, int, int, dict[str, Any], Any]] = [
+    (2, 2, 1, 64, 4, 1, 2, 1, {}, jnp.bfloat16),
+    (2, 1, 4, 128, 5, 3, 1, 1, {"window": 70}, jnp.bfloat16),
+    (2, 1, 9, 64, 4, 2, 3, 1, {"softcap": 2.0, "sinks": True}, jnp.float16),
+    (1, 1, 2, 80, 3, 1, 2, 1, {"slopes": True, "sinks": True}, jnp.bfloat16),
+    (1, 1, 2, 96, 3, 2, 2, 1, {"window": 1}, jnp.float16),
+    (1, 1, 8, 96, 3, 1, 1, 1, {}, jnp.bfloat16),
+    (2, 2, 4, 64, 4, 1, 2, 1, {"kv": jnp.int8}, jnp.bfloat16),
+    (2, 1, 2, 128, 5, 3, 1, 1, {"window": 70, "sinks": True, "kv": jnp.float8_e4m3fn}, jnp.bfloat16),
+    (1, 1, 9, 64, 3, 2, 3, 1, {"softcap": 2.0, "kv": jnp.float8_e4m3fn}, jnp.float16),
+    (1, 1, 2, 256, 3, 1, 1, 1, {"slopes": True, "kv": jnp.int8}, jnp.bfloat16),
+    (2, 2, 1, 64, 5, 1, 2, 2, {}, jnp.bfloat16),
+    (1, 1, 4, 128, 6, 1, 3, 3, {"window": 200, "sinks": True, "slopes": True}, jnp.bfloat16),
+    (1, 1, 3, 96, 5, 2, 4, 2, {"softcap": 2.0}, jnp.float16),
+    (1, 1, 4, 64, 5, 1, 2, 2, {"kv": jnp.int8}, jnp.bfloat16),
+    (1, 1, 3, 256, 3, 3, 2, 1, {"slopes": True, "scaled": True, "softcap": 5.0, "window": 100}, jnp.bfloat16),
 ]
 
 
@@ -69,10 +73,10 @@ def interpret() -> None:
     from hypothesis import strategies as st
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for batch, groups, heads, dim, width, splits, stages, options, dtype in INTERPRETED:
+    for batch, groups, heads, dim, width, splits, stages, consumers, options, dtype in INTERPRETED:
         kv = options.get("kv", dtype)
         theirs, ours = arguments({name: value for name, value in options.items() if name != "kv"}, groups, heads)
-        config = DecodeConfig(splits=splits, stages=stages)
+        config = DecodeConfig(splits=splits, stages=stages, consumers=consumers)
         query = jnp.asarray(noise(batch, groups, heads, dim), dtype)
 
         def run(*given: Any, config: Any = config, ours: Any = ours) -> jax.Array:
@@ -110,7 +114,7 @@ def interpret() -> None:
             check(
                 shape=(batch, width), groups=groups, dim=dim, dtype=dtype, run=jitted, query=query, theirs=theirs, kv=kv
             )  # fmt: skip
-        print(f"{batch=} {groups=} {heads=} {dim=} {width=} {splits=} {stages=} {options}: right", flush=True)
+        print(f"{batch=} {groups=} {heads=} {dim=} {width=} {config} {options}: right", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import pytest
 from jaxinfer import SamplingParams
 from jaxinfer.engine import InferenceEngine
 from jaxinfer.errors import RequestError
+from jaxinfer.generation import runner as runners
 from jaxinfer.generation.requests import CompletionOutput, RequestOutput
 from jaxinfer.generation.runner import NOT_FINITE, Counters, Runner
+from jaxinfer.generation.scheduler import Packing
 from tests.cases import EOS, case
 from tests.engines import LLAMA, changed, tiny
 from tests.engines import of as engine_of
@@ -282,3 +284,89 @@ def test_end_tokens_end_only_their_own_request(engine):
     assert found[0].outputs[0].token_ids == [EOS]
     assert len(found[1].outputs[0].token_ids) == 20
     assert found[2].outputs[0].token_ids == [EOS] * 20
+
+
+LONG = prompts(case(LLAMA), (100, 7, 60, 33, 1, 90, 128, 5))
+PACKED = {"prefill_tokens": 512, "prefill_chunk": 128}
+
+
+def recorded(engine: InferenceEngine, monkeypatch: Any) -> list[Any]:
+    """The inputs of prefill steps from now on."""
+    seen: list[Any] = []
+    prefill = engine.executor.prefill
+    monkeypatch.setattr(engine.executor, "prefill", lambda *args: (seen.append(args[0]), prefill(*args))[1])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("piece", "mesh"), [(None, {"tensor": 1}), (16, {"data": 2, "tensor": 2})], ids=["rows", "pieces"]
+)
+def test_packed_prompts_get_what_they_get_alone(piece, mesh, root, monkeypatch):
+    """In rows of attention as without a kernel, and in pieces as with one; with penalties, ends and preemptions."""
+    monkeypatch.setattr(runners, "packing_of", lambda plan: Packing(piece))
+    params = [greedy(6, logprobs=1), sampled(3, 6, repetition_penalty=1.4), greedy(1), sampled(5, 9)] * 2
+    with tiny(root, mesh=mesh, max_batch=8, **PACKED) as crowd:
+        expected = [crowd.generate(prompt, one) for prompt, one in zip(LONG, params, strict=True)]
+        seen = recorded(crowd, monkeypatch)
+        found = crowd.generate(LONG, params)
+        packed = [inputs for inputs in seen if inputs.pieces is not None]
+        assert packed, "this test tests nothing"
+        for inputs in packed:
+            assert (inputs.positions >= 0).sum() >= 0.5 * inputs.positions.size
+        assert tokens(found) == tokens(expected)
+        for one, other in zip(found, expected, strict=True):
+            for mine, theirs in zip(one.outputs[0].logprobs or [], other.outputs[0].logprobs or [], strict=True):
+                assert mine.keys() == theirs.keys()
+                for token, entry in mine.items():
+                    assert entry.logprob == pytest.approx(theirs[token].logprob, abs=1e-4)
+        assert_idle(crowd)
+
+
+def test_chunks_of_long_prompts_are_packed_too(root, monkeypatch):
+    texts = [prompt * 2 for prompt in LONG[:4]]  # 200, 14, 120 and 66 tokens, 128 at a time
+    monkeypatch.setattr(runners, "packing_of", lambda plan: Packing(64))
+    with tiny(root, **PACKED) as crowd:
+        expected = [crowd.generate(text, greedy(5)) for text in texts]
+        seen = recorded(crowd, monkeypatch)
+        found = crowd.generate(texts, greedy(5))
+    assert any(inputs.pieces is not None for inputs in seen)
+    assert tokens(found) == tokens(expected)
+
+
+def test_what_a_prompt_reports_is_not_packed(root, monkeypatch):
+    with tiny(root, max_batch=8, **PACKED) as crowd:
+        expected = [crowd.score(prompt).logprobs for prompt in LONG]
+        seen = recorded(crowd, monkeypatch)
+        found = [output.logprobs for output in crowd.score(LONG)]
+    assert all(inputs.pieces is None for inputs in seen)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine[1:] == pytest.approx(theirs[1:], abs=1e-4)
+
+
+def test_decode_computes_the_sequences_that_are_there(root, monkeypatch):
+    """32 slots: 8 rows while there are no more sequences, whatever slots they have."""
+    with tiny(root, max_batch=32) as crowd:
+        short, long = [prompt[:9] for prompt in CLEAN for _ in range(4)][:20], CLEAN[4][:9]
+        params = [sampled(i, 3) for i in range(20)]
+        expected = tokens([crowd.generate(long, sampled(7, 30, repetition_penalty=1.3))])[0]
+        rows: list[int] = []
+        decode = crowd.executor.decode
+        monkeypatch.setattr(crowd.executor, "decode", lambda *args: (rows.append(len(args[0].slots)), decode(*args))[1])
+        found = crowd.generate([*short, long], [*params, sampled(7, 30, repetition_penalty=1.3)])
+        assert rows[0] == 32
+        assert rows[-1] == 8
+        assert tokens(found)[-1] == expected
+
+
+def test_slots_are_free_when_the_last_step_of_a_sequence_has_been_handed_out(engine, monkeypatch):
+    """Two sequences for each of four slots, each of a prompt and one decode step: no step waits for results."""
+    events: list[str] = []
+    executor, take_in = engine.executor, Runner._take_in
+    for kind in ("prefill", "decode"):
+        run = getattr(executor, kind)
+        monkeypatch.setattr(executor, kind, lambda *args, kind=kind, run=run: (events.append(kind), run(*args))[1])
+    monkeypatch.setattr(Runner, "_take_in", lambda self, p: (events.append("in"), take_in(self, p))[1])
+    found = engine.generate([CLEAN[0][:3]] * 8, greedy(5))
+    assert {output.outputs[0].finish_reason for output in found} == {"length"}
+    assert events == ["prefill", "decode", "in", "prefill", "in", "decode", "in", "in"]
+    assert_idle(engine)

@@ -12,12 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxinfer.errors import CapacityError
 from jaxinfer.generation.kv_cache import blocks_for
 from jaxinfer.generation.scheduler import (
+    LEAST_PACKED,
     DecodeStep,
     MustDrain,
+    Packing,
     PrefillStep,
     Scheduler,
     Sequence,
     Status,
+    decode_rows,
     power_of_two,
     prefill_shape,
 )
@@ -102,11 +105,12 @@ class Serving(RuleBasedStateMachine):
         blocks=st.integers(2, 9),
         decode_chunk=st.sampled_from([1, 4, 16, 70]),
         prefill_chunk=st.sampled_from([16, 50, 128]),
-        prefill_tokens=st.sampled_from([16, 100, 512]),
+        prefill_tokens=st.sampled_from([16, 100, 512, 1000]),
         prefill_blocks=st.sampled_from([1, 4, 64]),
+        packing=st.sampled_from([None, Packing(), Packing(64), Packing(128)]),
         ahead=st.integers(0, 2),
     )
-    def start(self, shards, slots, blocks, decode_chunk, prefill_chunk, prefill_tokens, prefill_blocks, ahead):
+    def start(self, shards, slots, blocks, decode_chunk, prefill_chunk, prefill_tokens, prefill_blocks, packing, ahead):
         self.scheduler = Scheduler(
             shards=shards,
             slots=slots,
@@ -115,6 +119,7 @@ class Serving(RuleBasedStateMachine):
             prefill_chunk=prefill_chunk,
             prefill_tokens=prefill_tokens,
             prefill_blocks=prefill_blocks,
+            packing=packing,
         )
         self.device = Device(self.scheduler, blocks)
         self.ahead, self.decode_chunk = ahead, decode_chunk
@@ -127,11 +132,12 @@ class Serving(RuleBasedStateMachine):
         prompt=st.one_of(st.integers(1, 20), st.integers(1, 300)),
         max_tokens=st.one_of(st.integers(0, 5), st.integers(1, 200)),
         ends_at=st.one_of(st.just(1 << 30), st.integers(1, 100)),
+        packable=st.booleans(),
     )
-    def arrive(self, prompt, max_tokens, ends_at):
+    def arrive(self, prompt, max_tokens, ends_at, packable):
         name = len(self.texts)
         tokens: list[Any] = [(name, "prompt", i) for i in range(prompt)]
-        text = Text(prompt=tokens, max_tokens=max_tokens, name=name, ends_at=ends_at)
+        text = Text(prompt=tokens, max_tokens=max_tokens, name=name, ends_at=ends_at, packable=packable)
         capacity = self.scheduler.allocators[0].capacity
         if blocks_for(prompt + max(max_tokens - 1, 0)) > capacity:
             with pytest.raises(CapacityError, match=f"prompt of {prompt} tokens with max_tokens={max_tokens} needs"):
@@ -192,12 +198,31 @@ class Serving(RuleBasedStateMachine):
         if isinstance(step, PrefillStep):
             sizes = [row.stop - row.start for rows in step.rows for row in rows]
             assert 0 < min(sizes) <= max(sizes) <= self.scheduler.prefill_chunk
+            if step.packed is not None:
+                self.check_packed(step, sizes)
+                return
             count, length = prefill_shape(max(map(len, step.rows)), max(sizes))
             blocks = power_of_two(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
             assert len(sizes) == 1 or count * length <= self.scheduler.prefill_tokens
             assert len(sizes) == 1 or count * blocks <= self.scheduler.prefill_blocks
         else:
             assert all(0 < row.steps <= self.decode_chunk for rows in step.rows for row in rows)
+
+    def check_packed(self, step: PrefillStep, sizes: list[int]) -> None:
+        packing, tokens = self.scheduler.packing, step.packed
+        assert packing is not None
+        assert tokens is not None
+        assert LEAST_PACKED <= tokens <= self.scheduler.prefill_tokens
+        assert tokens & (tokens - 1) == 0
+        assert all(row.sequence.packable for rows in step.rows for row in rows)
+        assert all(sum(row.stop - row.start for row in rows) <= tokens for rows in step.rows)
+        needed = max(sum(packing.needed(row.stop - row.start) for row in rows) for rows in step.rows)
+        count, length = packing.shape(tokens, needed, max(sizes))
+        assert needed <= count
+        assert packing.piece is not None or max(sizes) <= length
+        # Never with more padding than rows would have.
+        padded_count, padded_length = prefill_shape(max(map(len, step.rows)), max(sizes))
+        assert tokens <= padded_count * padded_length
 
     def take_in(self, step: PrefillStep | DecodeStep, drawn: list[tuple[Text, list[Any]]]) -> None:
         last = {row.sequence: row.last for rows in step.rows for row in rows} if isinstance(step, PrefillStep) else {}
@@ -371,3 +396,71 @@ def test_finishing_twice_changes_nothing():
     plan.finish(sequence)
     assert plan.idle
     assert plan.allocators[0].free == plan.allocators[0].capacity
+
+
+def crowd(*prompts: int, **changes: int | Packing) -> Scheduler:
+    sizes = {"slots": 64, "num_blocks": 999, "prefill_chunk": 512, "prefill_tokens": 2048, "prefill_blocks": 512}
+    plan = scheduler(**(sizes | {"packing": Packing(128)} | changes))
+    for prompt in prompts:
+        plan.add(text(prompt))
+    return plan
+
+
+def test_prompts_of_unequal_length_are_packed_and_those_of_equal_length_are_not():
+    assert crowd(500, 40, 300, 100).next_prefill().packed == 1024  # rows would be 4 x 512
+    assert crowd(*[500] * 4).next_prefill().packed is None
+    assert crowd(300).next_prefill().packed is None
+    assert crowd(30, 9, 20).next_prefill().packed is None  # too few to be worth a program
+    assert crowd(500, 40, 300, 100, packing=None).next_prefill().packed is None
+
+
+def test_a_packed_step_is_the_largest_that_is_three_quarters_full():
+    steps, plan = [], crowd(*[300, 20] * 9)
+    while (step := plan.next_prefill()) is not None:
+        steps.append((step.packed, sum(row.stop - row.start for row in step.rows[0])))
+    assert steps == [(2048, 1980), (1024, 900)]
+
+
+def test_who_is_not_packed_waits_no_longer_than_older_sequences():
+    plan = crowd()
+    odd = text(100)
+    odd.packable = False
+    for sequence in (text(500), text(40), odd, text(300), text(30)):
+        plan.add(sequence)
+    first, second = plan.next_prefill(), plan.next_prefill()
+    assert first.packed == 1024
+    assert odd not in [row.sequence for row in first.rows[0]]
+    assert [row.sequence for row in second.rows[0]] == [odd]
+
+
+def test_short_prompts_fill_the_rows_of_attention_before_the_tokens():
+    """128 chunks of 16 tokens would be 128 rows of attention; a step of 2048 tokens has 32."""
+    plan = crowd(500, *[16] * 63)
+    step = plan.next_prefill()
+    assert step.packed is not None
+    chunks = [row.stop - row.start for row in step.rows[0]]
+    assert sum(Packing(128).needed(size) for size in chunks) <= 2 * step.packed // 128
+
+
+def test_a_sequence_leaves_its_slot_when_its_last_step_is_handed_out():
+    plan = scheduler(slots=1)
+    first, second = text(10, 5), text(10, 1)
+    for sequence in (first, second):
+        plan.add(sequence)
+    plan.next_prefill()
+    assert plan.next_decode(outstanding=True) is not None
+    assert plan.next_prefill().rows[0][0].sequence is second
+    assert first.status is Status.LEAVING
+    assert not first.blocks
+    plan.finish(second)
+    assert not plan.idle  # the results of the first are still to come
+    plan.finish(first)
+    assert plan.idle
+
+
+@given(active=st.integers(1, 1000), slots=st.integers(1, 1000))
+def test_decode_runs_as_many_rows_as_there_are_sequences_or_a_few_more(active, slots):
+    active = min(active, slots)
+    rows = decode_rows(active, slots)
+    assert active <= rows <= slots
+    assert rows == slots or rows in (8, 32) or (rows % 64 == 0 and rows - active < 64)

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import pallas_kernels
+import sharding
 from jaxinfer.models import norm as norms
 from jaxinfer.models.attention import Attention, Batch
 from jaxinfer.models.positions import alibi_slopes, rotary
 from jaxinfer.models.spec import Alibi, LayerSpec, Layout, Norm
-from pallas_kernels.choices import Device, compiling_for
+from pallas_kernels.choices import MAX_LINEAR_ROWS, Device, compiling_for
+from pallas_kernels.qkv_gemm import qkv_gemm
 from tests.modules import Built, normal, small_spec
 
 X = normal(2, 7, 16)
@@ -33,6 +36,7 @@ VARIANTS = {
     "alibi-scaled": {"alibi": Alibi(slopes=alibi_slopes(4), scaled=True), "kv_heads": 2},
     "normed": {"qk_norm": Norm(kind="rms", eps=1e-3), "layers": (LayerSpec(scale=0.3, rotary=TURN),)},
 }  # fmt: skip
+DTYPES = ("dtype", "weight_dtype", "kv_dtype")
 each = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -168,3 +172,73 @@ def test_prefill_over_a_cache_is_its_kernels_on_hopper_and_plain_elsewhere(on, d
             )
         )
     assert ("prefill_attention_kernel" in program) == kernel
+
+
+@pytest.mark.parametrize("changes", [
+    {"layers": (LayerSpec(scale=0.3, rotary=rotary({}, 8, 64)),), "kv_heads": 2},
+    {"qkv_bias": True, "alibi": Alibi(slopes=alibi_slopes(4))},
+], ids=["rotated", "biased"])  # fmt: skip
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_query_key_and_value_of_one_kernel_are_those_apart(monkeypatch, changes, tensor):
+    """What the module hands to the kernel: its reference, in the kernel's place, gives the same."""
+    spec, built = build(changes)
+    size = Norm(kind="rms", eps=1e-3, weight=False)
+    places = jnp.asarray([[65], [-1]])
+    batch = Batch(jnp.zeros((2, 1), jnp.int32), places, jnp.asarray([[3, 0], [1, 2]]))
+    x, cache = normal(2, 1, 16), tuple(normal(5, spec.kv_heads, 64, 8, seed=i) for i in (2, 3))
+
+    def run(module):
+        groups = module.qkv.shape[0]
+        first = sharding.axis_index("tensor") * groups
+        own = tuple(jax.lax.dynamic_slice_in_dim(blocks, first, groups, axis=1) for blocks in cache)
+        y, written = module(x, batch, own, norms.Norm(size, 16, jnp.float32))
+        return y[:1], *(sharding.all_gather(blocks, "tensor", 1) for blocks in written)
+
+    def both():
+        return built(run) if tensor == 1 else built.split(run, tensor)
+
+    apart, asked = both(), []
+    real = pallas_kernels.qkv_choice
+
+    def chosen(on, **about):
+        asked.append(about)
+        choice = real(Device("gpu", "9.0"), **about | {"head_dim": 128} | dict.fromkeys(DTYPES, "bfloat16"))
+        assert choice.implementation == "mosaic", choice.reason
+        return choice
+
+    def instead(*arguments, implementation, **rest):
+        assert implementation == "mosaic"
+        return qkv_gemm(*arguments, **rest)
+
+    monkeypatch.setattr(pallas_kernels, "qkv_choice", chosen)
+    monkeypatch.setattr(pallas_kernels, "qkv_gemm", instead)
+    for found, wanted in zip(both(), apart, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert asked[0]["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("on", "rows", "changes", "kernel"),
+    [
+        (Device("gpu", "9.0"), 1, {}, True),
+        (Device("gpu", "9.0"), MAX_LINEAR_ROWS, {}, True),
+        (Device("gpu", "9.0"), MAX_LINEAR_ROWS + 1, {}, False),
+        (Device("gpu", "9.0"), 1, {"layers": (LayerSpec(scale=1.0, rotary=rotary({}, 128, 64)),)}, True),
+        (Device("gpu", "9.0"), 1, {"qk_norm": Norm(kind="rms", eps=1e-3)}, False),
+        (Device("gpu", "8.0"), 1, {}, False),
+    ],
+    ids=str,
+)
+def test_decode_is_one_kernel_from_the_norm_to_the_cache_where_it_runs(on, rows, changes, kernel):
+    spec = small_spec(hidden=64, head_dim=128, **changes)
+    built = Built(lambda: Attention(spec, spec.layers[0], Layout.of(spec), jnp.bfloat16), dtype=jnp.bfloat16)
+    cache = tuple(jnp.zeros((3, 4, 64, 128), jnp.bfloat16) for _ in range(2))
+    zeros = jnp.zeros((rows, 1), jnp.int32)
+    with compiling_for(on):
+        program = str(
+            jax.make_jaxpr(lambda state, x, cache: nnx.merge(built.graph, state)(x, Batch(zeros, zeros, zeros), cache))(
+                built.state, jnp.zeros((rows, 1, 64), jnp.bfloat16), cache
+            )
+        )
+    assert ("qkv_gemm" in program) == kernel
+    assert ("scatter" in program) != kernel

@@ -6,10 +6,28 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer.models.decoder import abstract, parameters
+from jaxinfer.models.positions import rotary
 from jaxinfer.models.shapes import shapes_of
-from jaxinfer.models.spec import Layout
+from jaxinfer.models.spec import LayerSpec, Layout, Norm
 from sharding import ShardingRules
 from tests.modules import small_spec
+
+
+@pytest.mark.parametrize(
+    ("turned", "kind"),
+    [
+        (None, None),
+        (rotary({}, 8, 64), "halves"),
+        (rotary({"partial_rotary_factor": 0.5}, 8, 64, partial=True), "partial"),
+        (rotary({}, 8, 64, interleaved=True), "interleaved"),
+    ],
+)
+def test_positions_are_described(turned, kind):
+    spec = small_spec(layers=(LayerSpec(scale=1.0, rotary=turned),), qk_norm=Norm(kind="rms", eps=1e-5))
+    layout = Layout.of(spec)
+    listed = parameters(abstract(spec, layout, jnp.dtype(jnp.bfloat16)))
+    found = shapes_of(spec, layout, "bfloat16", "int8", {path: info.dtype for path, info in listed.items()})
+    assert (found.rotary, found.head_norms) == (kind, True)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])

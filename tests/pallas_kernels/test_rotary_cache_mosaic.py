@@ -1,0 +1,96 @@
+"""The Hopper kernel of rotation and cache write: interpreted on the CPU, and what ptxas says of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.rotary_cache import rotary_cache
+from tests import aot
+from tests.pallas_kernels import rotary_cache_cases
+from tests.pallas_kernels.rotary_cache_cases import angles
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# batch, tokens, groups, queries of each, dim, blocks of a sequence, starts, lengths. Chunks that fill their blocks,
+# that start and end within one, that cross one end to end, and a row of padding alone.
+INTERPRETED: dict[str, tuple[int, int, int, int, int, int, list[int], list[int]]] = {
+    "whole blocks": (1, 128, 1, 1, 128, 4, [0], [128]),
+    "padding": (2, 130, 2, 1, 128, 5, [0, 64], [128, 70]),
+    "late starts": (3, 130, 1, 4, 64, 6, [5, 71, 127], [130, 0, 1]),
+    "across a block's end": (1, 5, 1, 1, 256, 2, [62], [5]),
+}
+
+
+def naive(qkv: Any, keys: Any, values: Any, tables: Any, positions: Any) -> tuple[Any, Any, Any]:
+    """Token by token, in numpy."""
+    half = qkv.shape[-1] // 2
+    query, keys, values = np.zeros((*qkv.shape[:3], qkv.shape[3] - 2, 2 * half)), keys.copy(), values.copy()
+    for row, token in zip(*np.nonzero(positions >= 0), strict=True):
+        place = positions[row, token]
+        cos, sin = (np.asarray(angle, np.float64) for angle in angles(2 * half, jnp.asarray([place])))
+        first, second = np.split(qkv[row, token, :, :-1], 2, axis=-1)
+        turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        query[row, token] = turned[:, :-1]
+        keys[tables[row, place // 64], :, place % 64] = turned[:, -1]
+        values[tables[row, place // 64], :, place % 64] = qkv[row, token, :, -1]
+    return query, keys, values
+
+
+def interpret(name: str, implementation: Any) -> list[float]:
+    """The largest errors of queries, keys and values; of what is not to be written too."""
+    batch, tokens, groups, per_key, dim, width, starts, lengths = INTERPRETED[name]
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    qkv = draw(batch, tokens, groups, per_key + 2, dim)
+    keys, values = (draw(batch * width + 1, groups, 64, dim) for _ in range(2))
+    tables = rng.permutation(batch * width + 1)[: batch * width].reshape(batch, width).astype(np.int32)
+    places = np.arange(tokens)
+    positions = np.where(places < np.array(lengths)[:, None], np.array(starts)[:, None] + places, -1).astype(np.int32)
+    query, written = rotary_cache(
+        qkv, partial(angles, dim), (keys, values), jnp.asarray(tables), jnp.asarray(positions),
+        implementation=implementation, interpret=implementation == "mosaic",
+    )  # fmt: skip
+    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)  # noqa: E731
+    wanted = naive(wide(qkv), wide(keys), wide(values), tables, positions)
+    query = np.where((positions >= 0)[:, :, None, None, None], wide(query), 0.0)
+    return [float(np.abs(a - b).max()) for a, b in zip((query, *map(wide, written)), wanted, strict=True)]
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_kernel_is_the_naive_one(name: str):
+    # In a process of its own: a thread of interpret mode that fails can leave the others waiting for ever.
+    command = [sys.executable, "-m", "tests.pallas_kernels.test_rotary_cache_mosaic", name]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    query, keys, values = (float(x) for x in ran.stdout.split("errors")[1].split())
+    # Entries up to 8, rounded once to 8 bits.
+    assert max(query, keys) <= 2.0**-6
+    assert values == 0
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, aot.Report]:
+    why = aot.missing()
+    if why:
+        pytest.skip(why)
+    return aot.compile_cases("tests.pallas_kernels.rotary_cache_cases", list(rotary_cache_cases.CASES))
+
+
+@pytest.mark.parametrize("name", rotary_cache_cases.CASES)
+def test_compiles_for_hopper_without_spills(name: str, compiled: dict[str, aot.Report]):
+    report = compiled[name]
+    assert report.error is None
+    assert report.registers, "no kernel of ours was compiled"
+    assert report.spilled == 0
+
+
+if __name__ == "__main__":
+    print("errors", *interpret(sys.argv[1], "mosaic"))
