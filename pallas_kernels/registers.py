@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax._src.lib.mlir import ir
+from jax._src.lib.mlir import ir  # type: ignore[attr-defined]
 from jax._src.lib.mlir.dialects import arith, llvm, scf
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
@@ -132,7 +132,9 @@ class Registers:
     def loop(self, count: int, carry: Sequence[Reg], body: Callable[[Reg, list[Reg]], Sequence[Reg]]) -> list[Reg]:
         """Call ``body(i, carry)`` for ``i`` from 0 to ``count``; it returns what it is given next."""
         i32 = _type("i32")
-        op = scf.ForOp(utils.c(0, i32), utils.c(count, i32), utils.c(1, i32), [value.value for value in carry])
+        bounds: Any = [utils.c(value, i32) for value in (0, count, 1)]
+        loop: Any = scf.ForOp  # whose declared arguments are those of the class that it extends
+        op = loop(*bounds, [value.value for value in carry])
         with ir.InsertionPoint(op.body):
             given = [Reg(value) for value in op.inner_iter_args]
             scf.yield_([value.value for value in body(Reg(op.induction_variable), given)])
@@ -249,8 +251,7 @@ class Registers:
         """Round an f32 to bfloat16 or float16 and store it in global memory, where ``condition`` holds."""
         chosen = self.select(condition, self.constant(1), 0)
         text = (
-            "{ .reg .pred p; .reg .b16 h; setp.ne.u32 p, $2, 0; "
-            f"cvt.rn.{kind}.f32 h, $1; @p st.global.b16 [$0], h; }}"
+            f"{{ .reg .pred p; .reg .b16 h; setp.ne.u32 p, $2, 0; cvt.rn.{kind}.f32 h, $1; @p st.global.b16 [$0], h; }}"
         )
         _asm(text, address, value, chosen)
 

@@ -156,6 +156,11 @@ class Emulated:
         data = np.ascontiguousarray(np.stack((self.gmem[at], self.gmem[at + 1]), axis=-1))
         return data.view(KINDS[kind])[..., 0].astype(np.float32)
 
+    def store_half(self, kind, address, value, condition):
+        halves = np.ascontiguousarray(value.astype(KINDS[kind])).view(np.uint8).reshape(self.blocks, 128, 2)
+        for i in range(2):
+            self.gmem[(address + np.uint64(i))[condition].astype(int)] = halves[..., i][condition]
+
     def store_shared(self, address, values):
         assert (address % (4 * len(values)) == 0).all()
         for i, value in enumerate(values):
