@@ -427,6 +427,8 @@ def qkv_choice(
         reason = f"the kernel is made for Hopper, and this is {on}"
     elif problem is not None:
         reason = f"the kernel does not run {problem}"
+    elif jnp.dtype(weight_dtype).name in LINEAR_WEIGHTS:
+        reason = "the product of quantized weights has a kernel of its own, which does not write the cache"
     elif rows == 0:
         reason = "there are no rows"
     else:

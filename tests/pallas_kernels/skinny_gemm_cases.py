@@ -131,6 +131,17 @@ CASES |= {
         case, 3, 1000, 800, norm="layer+scale+bias", bias=True, residual=True, activation="gelu", fp8=True
     ),
     "fp8 float16": functools.partial(case, 5, 1024, 1024, norm="rms+scale", dtype=jnp.float16, fp8=True),
+    "int8 float16": functools.partial(
+        case, 1, 1024, 1024, norm="layer+scale+bias", dtype=jnp.float16, int8=True, bias=True, activation="gelu_tanh"
+    ),
+    "int4 float16, gated, split": functools.partial(
+        case, 2, 1024, 2048, gated=True, norm="rms+scale", dtype=jnp.float16, int4=64, activation="silu"
+    ),
+    "int8, K of 32 bytes": functools.partial(case, 1, 64, 32, int8=True),
+    "int8, one row, wgmma": functools.partial(case, 1, 4096, 4096, norm="rms+scale", int8=True, tuning=Tuning()),
+    "int4, gated, 8 rows, wgmma": functools.partial(
+        case, 8, 11008, 4096, gated=True, activation="silu", int4=128, tuning=Tuning(stages=3)
+    ),
     "gpt2-xl qkv": functools.partial(case, 1, 4800, 1600, norm="layer+scale+bias", bias=True),
     "gpt2-xl up": functools.partial(
         case, 8, 6400, 1600, norm="layer+scale+bias", bias=True, activation="gelu_tanh"

@@ -1,0 +1,284 @@
+"""Code for single threads inside a Mosaic GPU kernel: 32-bit registers, and the instructions that Pallas does not name.
+
+Pallas describes what a warpgroup does with whole arrays. Where the speed is in which register holds what, a kernel says
+what one thread does, through :func:`jax.experimental.pallas.mosaic_gpu.inline_mgpu` and the operations of
+:class:`Registers`. Values are :class:`Reg`; integers are unsigned. A kernel that uses nothing else of a value than
+Python's operators, and nothing of the machine but :class:`Registers`, also runs on anything else with these methods:
+the tests have them in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax._src.lib.mlir import ir  # type: ignore[attr-defined]
+from jax._src.lib.mlir.dialects import arith, llvm, scf
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+
+WARPGROUP = 128
+"""Threads of a block."""
+
+
+@dataclass(frozen=True)
+class Reg:
+    """A value of a thread: i1, i32, i64 or f32. An ``int`` or ``float`` beside it becomes a constant of its type."""
+
+    value: Any
+
+    @property
+    def floating(self) -> bool:
+        """Whether it is a float."""
+        return isinstance(self.value.type, ir.F32Type)
+
+    def of(self, other: Any) -> Any:
+        """``other`` as a value of the same type."""
+        return other.value if isinstance(other, Reg) else _constant(other, self.value.type)
+
+    def __add__(self, other: Any) -> Reg:
+        return Reg((arith.addf if self.floating else arith.addi)(self.value, self.of(other)))
+
+    def __sub__(self, other: Any) -> Reg:
+        return Reg((arith.subf if self.floating else arith.subi)(self.value, self.of(other)))
+
+    def __mul__(self, other: Any) -> Reg:
+        return Reg((arith.mulf if self.floating else arith.muli)(self.value, self.of(other)))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __and__(self, other: Any) -> Reg:
+        return Reg(arith.andi(self.value, self.of(other)))
+
+    def __or__(self, other: Any) -> Reg:
+        return Reg(arith.ori(self.value, self.of(other)))
+
+    def __xor__(self, other: Any) -> Reg:
+        return Reg(arith.xori(self.value, self.of(other)))
+
+    def __lshift__(self, bits: int) -> Reg:
+        return Reg(arith.shli(self.value, self.of(bits)))
+
+    def __rshift__(self, bits: int) -> Reg:
+        return Reg(arith.shrui(self.value, self.of(bits)))
+
+    def __floordiv__(self, other: Any) -> Reg:
+        return Reg(arith.divui(self.value, self.of(other)))
+
+    def __mod__(self, other: Any) -> Reg:
+        return Reg(arith.remui(self.value, self.of(other)))
+
+    def __lt__(self, other: Any) -> Reg:
+        return Reg(arith.cmpi(arith.CmpIPredicate.ult, self.value, self.of(other)))
+
+
+def _constant(value: int | float, kind: Any) -> Any:
+    if isinstance(value, int):  # MLIR has signed ones only
+        bits = ir.IntegerType(kind).width
+        value = (value + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
+    return utils.c(value, kind)
+
+
+def _type(name: str) -> Any:
+    return ir.F32Type.get() if name == "f32" else ir.IntegerType.get_signless(int(name[1:]))
+
+
+def _asm(text: str, *inputs: Reg, results: Sequence[str] = (), effects: bool = True, convergent: bool = False) -> Any:
+    """An instruction; ``$0`` and on are its results and then its inputs."""
+    values = [i.value for i in inputs]
+    if not results:
+        utils.inline_ptx(text, *values, convergent=convergent)
+        return None
+    types = [_type(name) for name in results]
+    found = utils.inline_ptx(text, *values, result_types=types, has_side_effects=effects, convergent=convergent)
+    return [Reg(value) for value in found]
+
+
+class Registers:
+    """The instructions. Addresses in shared memory are i32, in global memory i64; both count bytes."""
+
+    def __init__(self) -> None:
+        thread = Reg(utils.thread_idx())
+        self.thread = thread % WARPGROUP
+        self.lane = self.thread % 32
+        self.warp = Reg(utils.warp_idx()) % (WARPGROUP // 32)
+
+    def constant(self, value: int | float) -> Reg:
+        """A constant: i32 of an ``int``, f32 of a ``float``."""
+        return Reg(_constant(value, _type("i32" if isinstance(value, int) else "f32")))
+
+    def scalar(self, array: Any) -> Reg:
+        """A scalar argument of ``inline_mgpu``."""
+        return Reg(array.registers.item())
+
+    def shared(self, ref: Any) -> Reg:
+        """The address of an array in shared memory."""
+        return Reg(llvm.ptrtoint(_type("i32"), utils.memref_ptr(ref)))
+
+    def memory(self, ref: Any) -> Reg:
+        """The address of an array in global memory."""
+        return Reg(llvm.ptrtoint(_type("i64"), utils.memref_ptr(ref)))
+
+    def wide(self, value: Reg) -> Reg:
+        """An i32 as i64."""
+        return Reg(arith.extui(_type("i64"), value.value))
+
+    def select(self, condition: Reg, yes: Any, no: Any) -> Reg:
+        """One of two, of which one may be an ``int``."""
+        yes = yes if isinstance(yes, Reg) else Reg(no.of(yes)) if isinstance(no, Reg) else self.constant(yes)
+        return Reg(arith.select(condition.value, yes.value, yes.of(no)))
+
+    def loop(self, count: int, carry: Sequence[Reg], body: Callable[[Reg, list[Reg]], Sequence[Reg]]) -> list[Reg]:
+        """Call ``body(i, carry)`` for ``i`` from 0 to ``count``; it returns what it is given next."""
+        i32 = _type("i32")
+        bounds: Any = [utils.c(value, i32) for value in (0, count, 1)]
+        loop: Any = scf.ForOp  # whose declared arguments are those of the class that it extends
+        op = loop(*bounds, [value.value for value in carry])
+        with ir.InsertionPoint(op.body):
+            given = [Reg(value) for value in op.inner_iter_args]
+            scf.yield_([value.value for value in body(Reg(op.induction_variable), given)])
+        return [Reg(value) for value in op.results]
+
+    # Bits.
+
+    def merge(self, a: Reg, mask: int, b: int | Reg, *, toggle: bool = False) -> Reg:
+        """``(a & mask) | b``, or with ``^`` for ``|``: one instruction."""
+        table = (0xF0 & 0xCC) ^ 0xAA if toggle else (0xF0 & 0xCC) | 0xAA
+        b = b if isinstance(b, Reg) else self.constant(b)
+        text = f"lop3.b32 $0, $1, $2, $3, {table:#x};"
+        return _asm(text, a, self.constant(mask), b, results=["i32"], effects=False)[0]
+
+    def bytes_of(self, a: Reg, b: Reg, selector: int) -> Reg:
+        """Four bytes of eight, those of ``a`` numbered 0 to 3 and of ``b`` 4 to 7; the lowest first in ``selector``."""
+        return _asm("prmt.b32 $0, $1, $2, $3;", a, b, self.constant(selector), results=["i32"], effects=False)[0]
+
+    # Pairs of bfloat16 or float16 in a register, ``kind`` being bf16 or f16.
+
+    def subtract(self, kind: str, a: Reg, b: Reg) -> Reg:
+        """``a - b``."""
+        return _asm(f"sub.rn.{kind}x2 $0, $1, $2;", a, b, results=["i32"], effects=False)[0]
+
+    def multiply(self, kind: str, a: Reg, b: int) -> Reg:
+        """``a * b``, where ``b`` is the bits of a pair."""
+        return _asm(f"mul.rn.{kind}x2 $0, $1, $2;", a, self.constant(b), results=["i32"], effects=False)[0]
+
+    def pack(self, kind: str, low: Reg, high: Reg) -> Reg:
+        """Round two f32."""
+        return _asm(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low, results=["i32"], effects=False)[0]
+
+    def unpack(self, kind: str, pair: Reg) -> tuple[Reg, Reg]:
+        """The two as f32."""
+        if kind == "bf16":
+            return self.float_of(pair << 16), self.float_of(pair & 0xFFFF0000)
+        text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+        low, high = _asm(text, pair, results=["f32", "f32"], effects=False)
+        return low, high
+
+    def float_of(self, bits: Reg) -> Reg:
+        """An f32 of its bits."""
+        return Reg(arith.bitcast(_type("f32"), bits.value))
+
+    def rsqrt(self, value: Reg) -> Reg:
+        """``1 / sqrt(value)``, to 2 units in the last place."""
+        return _asm("rsqrt.approx.f32 $0, $1;", value, results=["f32"], effects=False)[0]
+
+    def maximum(self, value: Reg, least: float) -> Reg:
+        """The larger of two f32."""
+        return Reg(arith.maximumf(value.value, value.of(least)))
+
+    def mma(self, kind: str, a: Sequence[Reg], b: Sequence[Reg], c: Sequence[Reg]) -> list[Reg]:
+        """Warp: [16, 16] by [16, 8] plus [16, 8], in the fragments of ``mma.m16n8k16``."""
+        text = (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        return _asm(text, *a, *b, *c, results=["f32"] * 4, effects=False, convergent=True)
+
+    def across(self, value: Reg, lanes: int) -> Reg:
+        """Warp: the f32 of the lane whose number differs in the bits ``lanes``."""
+        text = f"shfl.sync.bfly.b32 $0, $1, {lanes}, 0x1f, 0xffffffff;"
+        return _asm(text, value, results=["f32"], convergent=True)[0]
+
+    # Memory.
+
+    def copy_async(self, target: Reg, source: Reg, size: int, valid: Reg) -> None:
+        """Start to copy ``valid`` bytes from global to shared memory, and zeros up to ``size``, 4 or 16."""
+        way = "cg.shared.global.L2::128B" if size == 16 else "ca.shared.global"
+        _asm(f"cp.async.{way} [$0], [$1], {size}, $2;", target, source, valid)
+
+    def commit_copies(self) -> None:
+        """Make the copies since the last call a group."""
+        _asm("cp.async.commit_group;")
+
+    def wait_copies(self, groups: int) -> None:
+        """Wait until at most so many groups of this thread's copies are under way."""
+        _asm(f"cp.async.wait_group {groups};")
+
+    def load_shared(self, address: Reg, count: int = 1) -> list[Reg]:
+        """Load i32."""
+        return self._load("shared", address, count)
+
+    def load_memory(self, address: Reg, count: int = 1) -> list[Reg]:
+        """Load i32."""
+        return self._load("global", address, count)
+
+    def load_other(self, address: Reg, block: int) -> Reg:
+        """Load an f32 at an address in the shared memory of another block of the cluster."""
+        text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a]; }"
+        return _asm(text, address, self.constant(block), results=["f32"])[0]
+
+    def load_half(self, kind: str, address: Reg) -> Reg:
+        """Load a bfloat16 or float16 of global memory as f32."""
+        raw = _asm("{ .reg .b16 h; ld.global.b16 h, [$1]; cvt.u32.u16 $0, h; }", address, results=["i32"])[0]
+        return self.unpack(kind, raw)[0]
+
+    def _load(self, space: str, address: Reg, count: int) -> list[Reg]:
+        names = ", ".join(f"${i}" for i in range(count))
+        vector = "" if count == 1 else f".v{count}"
+        text = f"ld.{space}{vector}.b32 {names if count == 1 else f'{{{names}}}'}, [${count}];"
+        return _asm(text, address, results=["i32"] * count)
+
+    def store_shared(self, address: Reg, values: Sequence[Reg]) -> None:
+        """Store i32 or f32, one or four."""
+        names = ", ".join(f"${i + 1}" for i in range(len(values)))
+        where = "[$0], " + (names if len(values) == 1 else f"{{{names}}}")
+        vector = "" if len(values) == 1 else f".v{len(values)}"
+        kind = "f32" if values[0].floating else "b32"
+        _asm(f"st.shared{vector}.{kind} {where};", address, *values)
+
+    def store_half(self, kind: str, address: Reg, value: Reg, condition: Reg) -> None:
+        """Round an f32 to bfloat16 or float16 and store it in global memory, where ``condition`` holds."""
+        chosen = self.select(condition, self.constant(1), 0)
+        text = (
+            f"{{ .reg .pred p; .reg .b16 h; setp.ne.u32 p, $2, 0; cvt.rn.{kind}.f32 h, $1; @p st.global.b16 [$0], h; }}"
+        )
+        _asm(text, address, value, chosen)
+
+    # Waiting for others.
+
+    def sync(self) -> None:
+        """Wait for the threads of the block."""
+        utils.warpgroup_barrier()
+
+    def sync_cluster(self) -> None:
+        """Wait for the threads of the cluster."""
+        _asm("barrier.cluster.arrive.release.aligned;", convergent=True)
+        _asm("barrier.cluster.wait.acquire.aligned;", convergent=True)
+
+    # Arrays of Pallas.
+
+    def strided(self, values: Sequence[Reg], shape: tuple[int, int]) -> Any:
+        """An array in the layout ``WG_STRIDED(shape, vec_size=1)``: thread ``t`` has the entries ``t + 128 i``."""
+        import numpy as np
+
+        vector = ir.VectorType.get((1,), _type("f32"))
+        registers = np.array([None] * len(values), dtype=object)
+        for i, value in enumerate(values):
+            registers[i] = llvm.bitcast(vector, value.value)
+        layout = mgpu.WGStridedFragLayout(shape=shape, vec_size=1)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    def entries(self, array: Any) -> list[Reg]:
+        """What a thread has of such an array."""
+        return [Reg(llvm.bitcast(_type("f32"), value)) for value in array.registers.flat]
