@@ -42,6 +42,9 @@ not been timed, nor quantized weights at 9 rows and more."""
 MIN_GATED_ROWS = 4096
 """Rows from which a gated product and its activation are one kernel: so many that its tiles fill the GPU many times."""
 
+MAX_QUANTIZED_ROWS = 8
+"""Rows up to which a product with a quantized weight has a kernel of its own: they fill the columns of one instruction."""
+
 LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
 
@@ -427,8 +430,8 @@ def qkv_choice(
         reason = f"the kernel is made for Hopper, and this is {on}"
     elif problem is not None:
         reason = f"the kernel does not run {problem}"
-    elif jnp.dtype(weight_dtype).name in LINEAR_WEIGHTS:
-        reason = "the product of quantized weights has a kernel of its own, which does not write the cache"
+    elif 0 < rows <= MAX_QUANTIZED_ROWS and jnp.dtype(weight_dtype).name in LINEAR_WEIGHTS:
+        reason = f"up to {MAX_QUANTIZED_ROWS} rows the product of quantized weights has a kernel of its own, which does not write the cache"
     elif rows == 0:
         reason = "there are no rows"
     else:
