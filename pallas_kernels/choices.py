@@ -43,7 +43,7 @@ MIN_GATED_ROWS = 4096
 """Rows from which a gated product and its activation are one kernel: so many that its tiles fill the GPU many times."""
 
 MAX_QUANTIZED_ROWS = 8
-"""Rows up to which a product with a quantized weight has a kernel of its own: they fill the columns of one instruction."""
+"""Rows up to which a product with a quantized weight has a kernel of its own: they fill the columns of an mma."""
 
 LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
@@ -431,7 +431,8 @@ def qkv_choice(
     elif problem is not None:
         reason = f"the kernel does not run {problem}"
     elif 0 < rows <= MAX_QUANTIZED_ROWS and jnp.dtype(weight_dtype).name in LINEAR_WEIGHTS:
-        reason = f"up to {MAX_QUANTIZED_ROWS} rows the product of quantized weights has a kernel of its own, which does not write the cache"
+        own = f"the product of up to {MAX_QUANTIZED_ROWS} rows with quantized weights has a kernel of its own"
+        reason = f"{own}, which does not write the cache"
     elif rows == 0:
         reason = "there are no rows"
     else:

@@ -128,7 +128,7 @@ def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(row
         (HOPPER, {}, None),
         (HOPPER, {"rotary": None, "head_dim": 64}, None),
         (HOPPER, {"rows": MAX_LINEAR_ROWS}, None),
-        (HOPPER, {"weight_dtype": "int8"}, "the product of quantized weights has a kernel of its own"),
+        (HOPPER, {"weight_dtype": "int8"}, "quantized weights has a kernel of its own"),
         (HOPPER, {"weight_dtype": "int4", "rows": 8}, "which does not write the cache"),
         (HOPPER, {"weight_dtype": "int4", "rows": 9}, None),
         (HOPPER, {"rows": MAX_LINEAR_ROWS + 1}, f"beyond {MAX_LINEAR_ROWS} rows the product is XLA's"),
