@@ -43,6 +43,9 @@ was right with 16, 48 and 64 rows, so this is not explained."""
 MIN_GATED_ROWS = 4096
 """Rows from which a gated product and its activation are one kernel: so many that its tiles fill the GPU many times."""
 
+MAX_QUANTIZED_ROWS = 8
+"""Rows up to which a product with a quantized weight has a kernel of its own: they fill the columns of an mma."""
+
 LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
 
@@ -428,8 +431,9 @@ def qkv_choice(
         reason = f"the kernel is made for Hopper, and this is {on}"
     elif problem is not None:
         reason = f"the kernel does not run {problem}"
-    elif jnp.dtype(weight_dtype).name in LINEAR_WEIGHTS:
-        reason = "the product of quantized weights has a kernel of its own, which does not write the cache"
+    elif 0 < rows <= MAX_QUANTIZED_ROWS and jnp.dtype(weight_dtype).name in LINEAR_WEIGHTS:
+        own = f"the product of up to {MAX_QUANTIZED_ROWS} rows with quantized weights has a kernel of its own"
+        reason = f"{own}, which does not write the cache"
     elif rows == 0:
         reason = "there are no rows"
     else:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.choices import MAX_QUANTIZED_ROWS
 from pallas_kernels.skinny_gemm import DTYPES, QUANTIZED, SMEM_PER_SM, SMS, InputNorm
-
-MAX_QUANTIZED_ROWS = 8
-"""Rows that fill the columns of one instruction; the kernel that the tensor cores stream to takes more."""
 
 WARPS = 4
 CHUNK = 64

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.quantized_plan import MAX_QUANTIZED_ROWS, WARPS, plan_for
+from pallas_kernels.choices import MAX_QUANTIZED_ROWS
+from pallas_kernels.quantized_plan import WARPS, plan_for
 from pallas_kernels.skinny_gemm import SMEM_PER_SM, InputNorm
 
 
