@@ -94,6 +94,7 @@ class Bench:
         self.root = Path(tempfile.mkdtemp())
         self.mesh = make_mesh({"tensor": 1}, TensorLimits(heads=1, kv_heads=1, intermediate=1))
         self.arena = Arena((4 if self.rehearse else 2048) << 20)
+        self.tokens: list[list[int]] | None = None  # of the resident engine
         self.prompt, self.batch, self.steps = (16, 4, 3) if self.rehearse else (PROMPT, BATCH, STEPS)
 
     def note(self, name: str, value: Any) -> None:
@@ -117,7 +118,7 @@ class Bench:
             self.note("limits", dataclasses.asdict(measure_limits()))
 
     def link(self, packing: Any) -> float:
-        """Bytes per second of a layer's transfers, four in a row from two buffers, with nothing beside them."""
+        """Bytes per second of a layer's transfers, a dozen in a row from two buffers, with nothing beside them."""
         device = self.mesh.devices.flat[0]
         buffers = [HostBuffer(packing.nbytes, device) for _ in range(2)]
         for buffer in buffers:
@@ -126,13 +127,13 @@ class Bench:
         for _ in range(3):
             begin = time.perf_counter()
             tickets = []
-            for i in range(4):
+            for i in range(12):
                 if len(tickets) > 1:
                     tickets[-2].landed.wait()
                     tickets[-2].drop()
                 tickets.append(link.send(i, packing, [buffers[i % 2].array]))
             tickets[-1].landed.wait()
-            rates.append(4 * packing.moved_bytes / (time.perf_counter() - begin))
+            rates.append(12 * packing.moved_bytes / (time.perf_counter() - begin))
         link.close()
         del tickets
         for buffer in buffers:
@@ -234,8 +235,8 @@ class Bench:
     def disk(self) -> None:
         """A store that is made here, 25 times as large as what may be used of the device."""
         parent = self.given.folder or self.root
-        store = parent / "llama-100-layers"
-        folder = shapes.folder("llama-100-layers", self.root, tiny=self.rehearse)
+        store = parent / "llama-115-layers"
+        folder = shapes.folder("llama-115-layers", self.root, tiny=self.rehearse)
         self.note("disk_space", dict(zip(("total", "used", "free"), shutil.disk_usage(parent), strict=True)))
         begin = time.perf_counter()
 
@@ -250,12 +251,19 @@ class Bench:
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
         self.note("store", {"bytes": size, "made_in_s": seconds, "gb_s": size / 1e9 / seconds})
         files = sorted((store / WEIGHTS).rglob("d/*"), key=lambda path: -path.stat().st_size)[:16]
-        rates = {count: direct_rate(files, count) / 1e9 for count in (1, 4, 8)}
-        self.note("o_direct_gb_s", rates)
-        best = max(rates.values())
+
+        def direct(when: str) -> float:
+            rates = {count: direct_rate(files, count) / 1e9 for count in (1, 4, 8)}
+            self.note(f"o_direct_gb_s_{when}", rates)
+            return max(rates.values())
+
+        best = direct("before")
+        shape = {"max_batch": 4, "max_model_len": 128}  # four sequences, in blocks that fit beside two layers
         cap = size // 25
         asked = None
         for mode in ("page cache", "direct"):
+            if mode == "direct" and asked is not None:
+                self.resident(store, asked, shape, size)
             each = size / 1e9 / (best if mode == "direct" else 3.0)
             if self.late(f"disk_{mode.replace(' ', '_')}", 15 + each * (1 if mode == "direct" else 2)):
                 continue
@@ -264,8 +272,7 @@ class Bench:
             start.available = (lambda: 0) if mode == "direct" else (lambda: 1 << 50)
             try:
                 engine = jaxinfer.init_inference(
-                    store, {"tensor": 1}, progress=False, offload="disk", max_batch=16, max_model_len=256,
-                    host_memory=HOST_MEMORY, **options,
+                    store, {"tensor": 1}, progress=False, offload="disk", host_memory=HOST_MEMORY, **shape, **options,
                 )  # fmt: skip
             finally:
                 start.available = free
@@ -287,19 +294,23 @@ class Bench:
                             "share_of_o_direct": read / 1e9 / seconds / best, "model_over_cap": size / cap,
                             "planned_bytes": engine.plan.total_bytes_per_device, "cap_bytes": cap,
                             "slots": engine.plan.tiers.slots, "report": report, "tokens": self.said,
+                            "agrees": self.tokens and self.said == [ids[: len(self.said[0])] for ids in self.tokens],
                         },
                     )  # fmt: skip
-        if asked is None or self.late("disk_resident", 10 + size / 3e9):
+        if asked is not None:
+            best = max(best, direct("after"))
+            for name in [name for name in self.found if name.startswith("disk_") and "read_gb_s" in self.found[name]]:
+                self.note(name, self.found[name] | {"share_of_o_direct": self.found[name]["read_gb_s"] / best})
+
+    def resident(self, store: Path, asked: list[list[int]], shape: dict[str, int], size: int) -> None:
+        """The tokens of the engine that holds the whole store on the device."""
+        if self.late("disk_resident", 10 + size / 3e9):
             return
-        shape = {"max_batch": 16, "max_model_len": 256}
-        with jaxinfer.init_inference(store, {"tensor": 1}, progress=False, **shape) as engine:
+        with jaxinfer.init_inference(store, {"tensor": 1}, progress=False, **shape) as engine:  # type: ignore[arg-type]
             self.run(engine, asked, 2)
-            paged = self.found.get("disk_page_cache_second", {}).get("tokens")
-            direct = self.found.get("disk_direct_first", {}).get("tokens")
-            found = {"tokens": self.said, "page_cache_agrees": paged == self.said}
-            if direct is not None:
-                found["direct_agrees"] = direct == [ids[:1] for ids in self.said]
-            self.note("disk_resident", found)
+        self.tokens = self.said
+        paged = self.found.get("disk_page_cache_second", {}).get("tokens")
+        self.note("disk_resident", {"tokens": self.said, "page_cache_agrees": paged == self.said})
 
     @contextlib.contextmanager
     def paged(self, model: str, **options: Any) -> Iterator[Any]:
@@ -432,6 +443,6 @@ if __name__ == "__main__":
     if bench.given.micro_tokens:
         tiers.MICRO_TOKENS = bench.given.micro_tokens
     if bench.given.slots:
-        tiers.DEVICE_SLOTS = bench.given.slots
+        tiers.DEVICE_SLOTS = tiers.ROOMY_SLOTS = bench.given.slots
     for part in bench.given.parts:
         getattr(bench, part)()

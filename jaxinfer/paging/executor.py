@@ -221,6 +221,7 @@ class PagedExecutor(Executor):
         return self._compile(
             key, f"a layer of {what}", body, (segments, cache, hidden, batch),
             (specs, cache_specs, self._rows, self._rows), (self._rows, cache_specs, PartitionSpec()), (1, 2),
+            self._options(batch.tokens.size // self.plan.shards),
         )  # fmt: skip
 
     # The bodies below run under shard_map: every array is this device's block.
