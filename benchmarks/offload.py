@@ -44,7 +44,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.bench import measure_limits
 from jaxinfer.checkpoints import convert as conversion
 from jaxinfer.checkpoints.manifest import WEIGHTS
-from jaxinfer.paging import executor, start, tiers
+from jaxinfer.paging import start, tiers
 from jaxinfer.paging.link import Link
 from jaxinfer.paging.memory import HostBuffer
 from jaxinfer.paging.timeline import Timeline
@@ -186,7 +186,8 @@ class Bench:
     def host(self) -> None:
         """Layers in host memory."""
         self.limits()
-        for quantize in (None, "int8", "int4"):
+        for quantize in self.given.weights:
+            quantize = None if quantize == "bfloat16" else quantize
             if self.late(f"host_{quantize or 'bfloat16'}", 35 if quantize is None else 25):
                 continue
             begin = time.perf_counter()
@@ -438,12 +439,11 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun that would end later")
     parser.add_argument("--micro-tokens", type=int, help="most prompt tokens that a layer computes at a time")
     parser.add_argument("--slots", type=int, help="paged layers that the device holds at once")
-    parser.add_argument("--try-products", action="store_true", help="let XLA try products out while it compiles")
+    parser.add_argument("--weights", nargs="+", default=["bfloat16", "int8", "int4"], help="of the part `host`")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on a CPU")
     bench = Bench(parser.parse_args())
     if bench.given.micro_tokens:
         tiers.MICRO_TOKENS = bench.given.micro_tokens
-    executor.TRY_PRODUCTS = bench.given.try_products
     if bench.given.slots:
         tiers.DEVICE_SLOTS = tiers.ROOMY_SLOTS = bench.given.slots
     for part in bench.given.parts:

@@ -33,11 +33,10 @@ from jaxinfer.generation.sampling import PenaltyState, SamplerFeatures
 from jaxinfer.models.attention import Batch, LayerCache
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.paging.pager import Pager
+from jaxinfer.paging.tiers import ROOMY_SLOTS
 from jaxinfer.plan import Plan
 from pallas_kernels import Device
 
-TRY_PRODUCTS = False
-"""Whether XLA tries products out while it compiles, in memory of the device that no plan knows of."""
 Piece = tuple[jax.Array, Batch]
 """Hidden states on their way through the layers, and the batch they belong to."""
 
@@ -215,7 +214,8 @@ class PagedExecutor(Executor):
         options: dict[str, str] | None = None,
     ) -> Any:
         """As :meth:`Executor._compile`, in no more memory of the device than the plan says."""
-        options = (options or {}) | frugal_options(Device.of(self.mesh.devices.flat[0]))
+        roomy = self.tiers.slots >= ROOMY_SLOTS
+        options = (options or {}) | frugal_options(Device.of(self.mesh.devices.flat[0]), roomy)
         return super()._compile(key, description, body, arguments, in_specs, out_specs, donated, options)
 
     def _layer(
@@ -339,13 +339,16 @@ class PagedExecutor(Executor):
         return self._compiled[key](found)
 
 
-def frugal_options(on: Device) -> dict[str, str]:
-    """Options with which XLA compiles without memory of the device.
+def frugal_options(on: Device, roomy: bool) -> dict[str, str]:
+    """Options with which XLA's compiler takes little of the device's memory, or none where that is scarce.
 
     Where it tries products out it gives each candidate operands of its own. On an H200 a plan of 1.39 GB took 1.97 GB
-    at its peak that way (``benchmarks/offload.py disk``).
+    at its peak that way; one of 35 GB was not exceeded (``benchmarks/offload.py``). Without trials its Triton products
+    were far slower than the link, so there are none of them.
     """
-    return {"xla_gpu_autotune_level": "0"} if on.platform == "gpu" and not TRY_PRODUCTS else {}
+    if on.platform != "gpu":
+        return {}
+    return {"xla_gpu_enable_triton_gemm": "False"} | ({} if roomy else {"xla_gpu_autotune_level": "0"})
 
 
 @jax.jit

@@ -13,7 +13,8 @@ import jaxinfer
 from jaxinfer import SamplingParams
 from jaxinfer.checkpoints.convert import convert
 from jaxinfer.paging import tiers
-from jaxinfer.paging.executor import PagedExecutor
+from jaxinfer.paging.executor import PagedExecutor, frugal_options
+from pallas_kernels import Device
 from tests.cases import case
 from tests.engines import of, tiny
 from tests.oracle import checkpoint, prompts, rms, shared_root
@@ -259,3 +260,10 @@ def test_each_step_is_a_pass_and_moves_every_layer_once(root, store_of):
         found = paged.offload_report()
         moved = executor.passes * paged.plan.tiers.moved_bytes
         assert moved <= found["link"]["bytes"] <= moved + 2 * max(paged.plan.tiers.layer_bytes)
+
+
+def test_compiling_takes_no_memory_of_a_device_that_has_little():
+    gpu, none = Device("gpu", "9.0"), {"xla_gpu_enable_triton_gemm": "False"}
+    assert frugal_options(Device("cpu"), False) == {}
+    assert frugal_options(gpu, True) == none
+    assert frugal_options(gpu, False) == none | {"xla_gpu_autotune_level": "0"}
