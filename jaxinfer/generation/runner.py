@@ -109,6 +109,7 @@ class Runner:
             prefill_chunk=plan.prefill_chunk,
             prefill_tokens=plan.prefill_tokens,
             prefill_blocks=plan.prefill_blocks,
+            slot_blocks=plan.slot_blocks,
         )
         self.counters = Counters()
         self._pending: deque[_Pending] = deque()
@@ -215,7 +216,7 @@ class Runner:
         plan = self.plan
         size = self.executor.batch
         positions, steps, number = (np.zeros(size, np.int32) for _ in range(3))
-        blocks = _bucket_width(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
+        blocks = bucket_width(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
         tables = np.full((size, blocks), NULL_BLOCK, np.int32)
         long = np.zeros(size, bool)
         placed: list[tuple[int, Any]] = []
@@ -363,7 +364,7 @@ def _history(size: int, placed: Sequence[tuple[int, Any]]) -> np.ndarray:
     return history
 
 
-def _bucket_width(count: int) -> int:
+def bucket_width(count: int) -> int:
     """Table widths that decode is compiled for: quarter octaves, so at most a quarter of what is read is padding."""
     if count <= 4:
         return count

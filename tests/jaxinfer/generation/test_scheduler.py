@@ -268,6 +268,26 @@ def text(prompt: int, max_tokens: int = 1) -> Sequence:
     return Sequence(prompt=[5] * prompt, max_tokens=max_tokens)
 
 
+def test_slots_with_blocks_of_their_own_get_them_in_order():
+    plan = scheduler(slots=3, num_blocks=1 + 3 * 4, slot_blocks=4, decode_chunk=64)
+    texts = [text(10, 200), text(100, 100), text(64, 64), text(1, 256)]
+    for one in texts:
+        plan.add(one)
+    while plan.next_prefill() is not None:
+        pass
+    plan.next_decode(outstanding=False)
+    plan.next_decode(outstanding=False)
+    assert [one.slot for one in texts] == [0, 1, 2, None]
+    assert [one.blocks for one in texts] == [[1, 2, 3], [5, 6, 7, 8], [9, 10], []]
+    plan.finish(texts[1])
+    plan.next_prefill()
+    assert texts[3].slot == 1
+    assert texts[3].blocks[0] == 5
+    assert all(one.preemptions == 0 for one in texts)
+    with pytest.raises(CapacityError, match="needs 5 KV blocks, and the cache has 4"):
+        plan.add(text(100, 200))
+
+
 def test_a_long_prompt_is_computed_in_consecutive_chunks_and_the_last_one_draws():
     plan, sequence = scheduler(), text(150, 3)
     plan.add(sequence)
