@@ -5,7 +5,8 @@
     python benchmarks/offload.py disk --folder /tmp --out benchmarks/results/offload_disk_h200.json --seconds 180
 
 ``host``: OPT-13B's shape, batch 64, prompts of 512 tokens; decode steps at bfloat16, int8 and int4, and prefill.
-``largest``: the same with as many sequences as fit. ``disk``: a model of 40 GB that is made there, through a device of
+``largest``: the same with as many sequences as fit. ``kv``: a device of
+16 GB, with the KV cache on it, and in host memory. ``disk``: a model of 40 GB that is made there, through a device of
 1.6 GB, three times: through the page cache, past it, and resident, for its tokens. Weights are random; in host memory
 every layer has the same ones, in a place of its own. Limits: transfers of a layer's parameters alone, one after the
 other; products of large matrices; O_DIRECT reads by one thread, four and eight. Each figure is printed and the file
@@ -44,7 +45,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.bench import measure_limits
 from jaxinfer.checkpoints import convert as conversion
 from jaxinfer.checkpoints.manifest import WEIGHTS
-from jaxinfer.paging import start, tiers
+from jaxinfer.paging import host_cache, start, tiers
 from jaxinfer.paging.link import Link
 from jaxinfer.paging.memory import HostBuffer
 from jaxinfer.paging.timeline import Timeline
@@ -231,6 +232,29 @@ class Bench:
                 limit = 1e3 * engine.plan.tiers.moved_bytes / rate
                 self.note(name, found | {"sequences": count, "load_s": loaded, "step_limit_ms": limit})
 
+    def kv(self) -> None:
+        """A device of 16 GB: as many sequences as its cache holds, and all of them with the cache in host memory."""
+        for kv_dtype in ("int8", "auto"):
+            for kv_offload in (None, "host"):
+                name = f"kv_{kv_dtype}_{kv_offload or 'device'}"
+                if self.late(name, 25):
+                    continue
+                cap: dict[str, Any] = {} if self.rehearse else {"device_memory": 16 << 30}
+                options = {"max_batch": self.batch, "kv_dtype": kv_dtype, "kv_offload": kv_offload} | cap
+                begin = time.perf_counter()
+                with self.paged("opt-13b", **options) as engine:
+                    loaded, plan = time.perf_counter() - begin, engine.plan
+                    rate = self.link(engine.executor.pager.packings[0])
+                    count = min(self.batch, (plan.num_blocks - 1) // plan.longest_blocks)
+                    found = self.timed(engine, count, 6, warm=False)
+                    # Of the sequences that are there, with the tokens that they have in the last steps.
+                    kv = count * -(-(self.prompt + 6) // 64) * plan.block_bytes_per_device
+                    moved = plan.tiers.moved_bytes + (kv if kv_offload else 0)
+                    about = {"sequences": count, "load_s": loaded, "kv_bytes": kv, "rows": plan.tiers.kv_rows}
+                    limit = 1e3 * moved / rate
+                    about |= {"step_limit_ms": limit, "step_share": limit / found["step_ms"], "first_tokens": self.said}
+                    self.note(name, found | about)
+
     def disk(self) -> None:
         """A store that is made here, 25 times as large as what may be used of the device."""
         parent = self.given.folder or self.root
@@ -307,7 +331,7 @@ class Bench:
         folder = shapes.folder(model, self.root, tiny=self.rehearse)
         own = start.HostBuffer
         self.arena.begin()
-        start.HostBuffer = self.arena.buffer
+        start.HostBuffer = host_cache.HostBuffer = self.arena.buffer
         try:
             with same_layers(self.arena):
                 engine = jaxinfer.init_inference(
@@ -315,7 +339,7 @@ class Bench:
                     max_model_len=self.prompt + 64, host_memory=HOST_MEMORY, **options,
                 )  # fmt: skip
         finally:
-            start.HostBuffer = own
+            start.HostBuffer = host_cache.HostBuffer = own
         with engine:
             yield engine
         del engine
@@ -421,7 +445,7 @@ def direct_rate(files: list[Path], threads: int, most: int = 2 << 30) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("host", "largest", "disk"))
+    parser.add_argument("parts", nargs="+", choices=("host", "largest", "kv", "disk"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="where the store is made, on the disk that is measured")
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun that would end later")

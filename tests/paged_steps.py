@@ -112,7 +112,7 @@ def build(name: str) -> Compiled:
         hidden = shaped((4, tokens, spec.hidden), jnp.bfloat16, rows)
         numbers = shaped((4, tokens), jnp.int32, rows)
         batch = Batch(numbers, numbers, shaped((4, 8), jnp.int32, rows))
-        steps.append(executor._layer(0, ("layer", tokens), segments, hidden, batch, name))
+        steps.append(executor._layer(0, ("layer", tokens), segments, executor.caches[0], hidden, batch, name))
     calls = re.findall(r'custom_call_target="mosaic_gpu.*?op_name="[^"]*?(\w+)/\w+"', steps[0].as_text())
     memory = [step.memory_analysis() for step in steps]
     return Compiled(
