@@ -4,8 +4,9 @@
 
 One process on one GPU, under two minutes. Bandwidth of a copy is measured in the same run, and a kernel's share is of
 that: keys and values of the tokens that are seen, once. Calls are chained in one jit (each query is the result
-before), over blocks that no call before has read, so that nothing waits in the L2 cache. ``--fused`` is a run of its
-own: what combines splits inside the kernel cannot run in interpret mode, and a hang must not cost the other figures.
+before), over blocks that no call before has read, so that nothing waits in the L2 cache. ``--resident`` is a
+run of its own: clusters cannot run in interpret mode, and a hang must not cost the other figures. Short contexts have
+``decode_short.py`` beside this.
 
 Without a GPU: ``--compile-for h200_target_config.txtpb`` compiles every case ahead of time for that device (it needs
 the CUDA plugin of JAX, and with ``MOSAIC_GPU_DUMP_PTXAS=1`` prints registers and spills); ``--interpret`` runs the
@@ -53,7 +54,7 @@ class Case:
     window: int | None = None
     xla: bool = True
     variants: tuple[tuple[int | None, int | None], ...] = ((None, None),)  # splits and stages, None as chosen
-    fused: tuple[int, ...] = ()  # splits that are put together inside the kernel
+    resident: tuple[int, ...] = ()  # splits of programs that hold all their blocks
 
     @property
     def width(self) -> int:
@@ -83,11 +84,11 @@ CASES = (
     Case(name="issue", batch=32, groups=8, heads=4, dim=128, context=4096,
          variants=(DEFAULT, (1, 3), (2, 3), (4, 2), (4, 6), (8, 3))),
     Case(name="short 1", batch=1, groups=8, heads=4, dim=128, context=512,
-         variants=(DEFAULT, (1, 3), (4, 2)), fused=(2, 4, 8)),
+         variants=(DEFAULT, (1, 3), (4, 2)), resident=(2, 4, 8)),
     Case(name="short 16", batch=16, groups=8, heads=4, dim=128, context=512,
-         variants=(DEFAULT, (1, 3), (2, 3)), fused=(2, 4)),
+         variants=(DEFAULT, (1, 3), (2, 3)), resident=(2, 4)),
     Case(name="7B short 1", batch=1, groups=32, heads=1, dim=128, context=512,
-         variants=(DEFAULT, (1, 3), (4, 2)), fused=(2, 4, 8)),
+         variants=(DEFAULT, (1, 3), (4, 2)), resident=(2, 4, 8)),
     Case(name="7B short 16", batch=16, groups=32, heads=1, dim=128, context=512, variants=(DEFAULT, (2, 3))),
     Case(name="mixed", batch=32, groups=8, heads=4, dim=128, context=4096, mixed=True,
          variants=(DEFAULT, (1, 3), (8, 3), (16, 3))),
@@ -106,6 +107,8 @@ def config_of(case: Case, variant: tuple[int | None, int | None]) -> DecodeConfi
     chosen = decode_config(
         batch=case.batch, groups=case.groups, heads_per_key=case.heads, width=case.width, head_dim=case.dim
     )
+    if variant == DEFAULT:
+        return chosen
     return DecodeConfig(splits=variant[0] or chosen.splits, stages=variant[1] or chosen.stages)
 
 
@@ -142,16 +145,16 @@ def avals(case: Case, **placed: Any) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, dtype, **placed) for shape, dtype in shapes]
 
 
-def configs_of(case: Case, fused: bool) -> list[DecodeConfig | None]:
-    """Each configuration of a case once, then None for XLA; or those that combine splits inside the kernel."""
-    if fused:
-        return [DecodeConfig(splits=n, stages=min(2, case.width // n), fused=True) for n in case.fused]
+def configs_of(case: Case, resident: bool) -> list[DecodeConfig | None]:
+    """Each configuration of a case once, then None for XLA; or those whose programs hold all their blocks."""
+    if resident:
+        return [DecodeConfig(splits=n, stages=-(-case.width // n), resident=True) for n in case.resident]
     found = [config_of(case, variant) for variant in case.variants]
     return [*dict.fromkeys(found), *([None] if case.xla else [])]
 
 
 def compile_case(
-    case: Case, fused: bool, pool: concurrent.futures.ThreadPoolExecutor, **placed: Any
+    case: Case, resident: bool, pool: concurrent.futures.ThreadPoolExecutor, **placed: Any
 ) -> list[tuple[DecodeConfig | None, Any]]:
     """Compile what a case runs, several at a time and all of it before any is timed; a failure is given as its text."""
 
@@ -162,7 +165,7 @@ def compile_case(
         except Exception as error:  # one configuration that does not compile must not cost the rest
             return f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
 
-    configs = configs_of(case, fused)
+    configs = configs_of(case, resident)
     return list(zip(configs, pool.map(one, configs), strict=True))
 
 
@@ -210,7 +213,8 @@ class Check:
     heads: int
     splits: int
     options: dict[str, Any] = field(default_factory=dict)
-    fused: bool = False
+    resident: bool = False
+    config: DecodeConfig | None = None  # where splits do not say it all
 
 
 CHECKS = (
@@ -226,9 +230,9 @@ CHECKS = (
     Check(dim=256, heads=8, splits=3),
     Check(dim=96, heads=8, splits=1),
     Check(dim=128, heads=64, splits=1, options={"softcap": 30.0, "alibi": (False, True)}),
-    Check(dim=128, heads=4, splits=4, fused=True),
-    Check(dim=64, heads=8, splits=8, options={"sinks": True, "window": 100}, fused=True),
-    Check(dim=96, heads=1, splits=2, fused=True),
+    Check(dim=128, heads=4, splits=4, resident=True),
+    Check(dim=64, heads=8, splits=8, options={"sinks": True, "window": 100}, resident=True),
+    Check(dim=96, heads=1, splits=2, resident=True),
 )
 
 
@@ -257,7 +261,10 @@ def check(case: Check, dtype: Any, batch: int, groups: int, width: int) -> dict[
     stages = config_of(
         Case(name="", batch=batch, groups=groups, heads=case.heads, dim=case.dim, context=full), (case.splits, None)
     ).stages
-    config = DecodeConfig(splits=case.splits, stages=min(stages, 2 if case.fused else 3), fused=case.fused)
+    config = DecodeConfig(splits=case.splits, stages=min(stages, 3))
+    if case.resident:
+        config = DecodeConfig(splits=case.splits, stages=-(-width // case.splits), resident=True)
+    config = case.config or config
 
     def run(implementation: Any, dtype: Any, blocks: list[np.ndarray]) -> np.ndarray:
         given = [jnp.asarray(array, jnp.bfloat16).astype(dtype) for array in (query, *blocks)]
@@ -285,12 +292,12 @@ def check(case: Check, dtype: Any, batch: int, groups: int, width: int) -> dict[
     }  # fmt: skip
 
 
-def checks(*, small: bool, fused: bool) -> list[dict[str, Any]]:
-    """The checks of splits put together outside or inside the kernel; small ones alternate dtypes."""
+def checks(*, small: bool, resident: bool) -> list[dict[str, Any]]:
+    """The checks of programs that hold all their blocks, or of the others; small ones alternate dtypes."""
     batch, groups, width = (2, 1, 3) if small else (16, 2, 9)
     found = []
     for number, case in enumerate(CHECKS):
-        if case.fused != fused:
+        if case.resident != resident:
             continue
         for dtype in (jnp.bfloat16, jnp.float16) if not small else ((jnp.bfloat16, jnp.float16)[number % 2],):
             try:
@@ -324,13 +331,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
     parser.add_argument("--budget", type=float, default=100.0, help="seconds after which no further case is timed")
     parser.add_argument("--compile-for", type=Path, metavar="TARGET_CONFIG")
-    parser.add_argument("--fused", action="store_true", help="only splits that are put together inside the kernel")
+    parser.add_argument("--resident", action="store_true", help="only programs that hold all their blocks")
     parser.add_argument("--interpret", action="store_true")
     asked = parser.parse_args()
     started = time.monotonic()
     if asked.interpret:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-            assert all(found.get("right") for found in checks(small=True, fused=False))
+            assert all(found.get("right") for found in checks(small=True, resident=False))
         return
     if asked.compile_for:
         placed = target(asked.compile_for)
@@ -344,7 +351,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {
         "machine": machine.describe(),
-        "checks": checks(small=False, fused=asked.fused),
+        "checks": checks(small=False, resident=asked.resident),
         "times": [],
     }
 
@@ -360,7 +367,7 @@ def main() -> None:
     keep()
     blocks: tuple[Any, ...] = ()
     with concurrent.futures.ThreadPoolExecutor(asked.threads) as pool:
-        for case in (case for case in CASES if case.fused or not asked.fused):
+        for case in (case for case in CASES if case.resident or not asked.resident):
             if time.monotonic() - started > asked.budget:
                 print(f"{case.name}: out of time")
                 continue
@@ -368,7 +375,7 @@ def main() -> None:
             if not blocks or blocks[0].shape != shape:
                 blocks = ()  # freed before the next are made
                 blocks = random_blocks(shape)
-            for config, compiled in compile_case(case, asked.fused, pool):
+            for config, compiled in compile_case(case, asked.resident, pool):
                 record = time_one(case, config, compiled, blocks, bandwidth)
                 found["times"].append(record)
                 keep()
@@ -384,7 +391,7 @@ def random_blocks(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
 def time_one(case: Case, config: DecodeConfig | None, compiled: Any, blocks: Any, bandwidth: float) -> dict[str, Any]:
     """Time one configuration of a case, beside what its bytes cost at the bandwidth of a copy."""
     record: dict[str, Any] = {
-        "case": {name: value for name, value in asdict(case).items() if name not in ("variants", "fused")},
+        "case": {name: value for name, value in asdict(case).items() if name not in ("variants", "resident")},
         "config": None if config is None else asdict(config),
         "default": config is not None and config == config_of(case, DEFAULT),
     }
@@ -399,9 +406,9 @@ def time_one(case: Case, config: DecodeConfig | None, compiled: Any, blocks: Any
         }  # fmt: skip
     except Exception as error:  # a failure is a finding: go on
         record["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-    who = "XLA" if config is None else f"splits {config.splits:2} stages {config.stages}{' fused' * config.fused}"
+    who = "XLA" if config is None else f"splits {config.splits:2} stages {config.stages}{' resident' * config.resident}"
     told = record.get("failed") or f"{record['us']:8.1f} us  limit {record['limit_us']:6.1f}  {record['share']:5.0%}"
-    print(f"{case.name:12} {who:26} {told}{' *' * record['default']}", flush=True)
+    print(f"{case.name:12} {who:28} {told}{' *' * record['default']}", flush=True)
     return record
 
 

@@ -5,13 +5,12 @@
     python benchmarks/offload.py disk --folder /tmp --out benchmarks/results/offload_disk_h200.json --seconds 180
 
 ``host``: OPT-13B's shape, batch 64, prompts of 512 tokens; decode steps at bfloat16, int8 and int4, and prefill.
-``largest``: the same with as many sequences as fit. ``kv``: a device of
-16 GB, with the KV cache on it, and in host memory. ``disk``: a model of 40 GB that is made there, through a device of
-1.6 GB, three times: through the page cache, past it, and resident, for its tokens. Weights are random; in host memory
-every layer has the same ones, in a place of its own. Limits: transfers of a layer's parameters alone, one after the
-other; products of large matrices; O_DIRECT reads by one thread, four and eight. Each figure is printed and the file
-written as soon as it is there, and nothing is begun for which the seconds that are left are too few. ``--rehearse``
-runs tiny models on a CPU.
+``largest``: the same with as many sequences as fit. ``kv``: a device of 16 GB, with the KV cache on it, and in host
+memory. ``disk``: a model of 40 GB that is made there, through a device of 1.6 GB, three times: through the page cache,
+past it, and resident, for its tokens. Weights are random; in host memory every layer has the same ones, in a place of
+its own. Limits: transfers of a layer's parameters alone, one after the other; products of large matrices; O_DIRECT
+reads by one thread, four and eight. Each figure is printed and the file written as soon as it is there, and nothing is
+begun for which the seconds that are left are too few. ``--rehearse`` runs tiny models on a CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.bench import measure_limits
 from jaxinfer.checkpoints import convert as conversion
 from jaxinfer.checkpoints.manifest import WEIGHTS
-from jaxinfer.paging import host_cache, start, tiers
+from jaxinfer.paging import executor, host_cache, start, tiers
 from jaxinfer.paging.link import Link
 from jaxinfer.paging.memory import HostBuffer
 from jaxinfer.paging.timeline import Timeline
@@ -95,6 +94,7 @@ class Bench:
         self.root = Path(tempfile.mkdtemp())
         self.mesh = make_mesh({"tensor": 1}, TensorLimits(heads=1, kv_heads=1, intermediate=1))
         self.arena = Arena((4 if self.rehearse else 2048) << 20)
+        self.tokens: list[list[int]] | None = None  # of the resident engine
         self.prompt, self.batch, self.steps = (16, 4, 3) if self.rehearse else (PROMPT, BATCH, STEPS)
 
     def note(self, name: str, value: Any) -> None:
@@ -118,7 +118,7 @@ class Bench:
             self.note("limits", dataclasses.asdict(measure_limits()))
 
     def link(self, packing: Any) -> float:
-        """Bytes per second of a layer's transfers, four in a row from two buffers, with nothing beside them."""
+        """Bytes per second of a layer's transfers, a dozen in a row from two buffers, with nothing beside them."""
         device = self.mesh.devices.flat[0]
         buffers = [HostBuffer(packing.nbytes, device) for _ in range(2)]
         for buffer in buffers:
@@ -127,13 +127,13 @@ class Bench:
         for _ in range(3):
             begin = time.perf_counter()
             tickets = []
-            for i in range(4):
+            for i in range(12):
                 if len(tickets) > 1:
                     tickets[-2].landed.wait()
                     tickets[-2].drop()
                 tickets.append(link.send(i, packing, [buffers[i % 2].array]))
             tickets[-1].landed.wait()
-            rates.append(4 * packing.moved_bytes / (time.perf_counter() - begin))
+            rates.append(12 * packing.moved_bytes / (time.perf_counter() - begin))
         link.close()
         del tickets
         for buffer in buffers:
@@ -258,8 +258,8 @@ class Bench:
     def disk(self) -> None:
         """A store that is made here, 25 times as large as what may be used of the device."""
         parent = self.given.folder or self.root
-        store = parent / "llama-100-layers"
-        folder = shapes.folder("llama-100-layers", self.root, tiny=self.rehearse)
+        store = parent / "llama-115-layers"
+        folder = shapes.folder("llama-115-layers", self.root, tiny=self.rehearse)
         self.note("disk_space", dict(zip(("total", "used", "free"), shutil.disk_usage(parent), strict=True)))
         begin = time.perf_counter()
 
@@ -274,12 +274,19 @@ class Bench:
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
         self.note("store", {"bytes": size, "made_in_s": seconds, "gb_s": size / 1e9 / seconds})
         files = sorted((store / WEIGHTS).rglob("d/*"), key=lambda path: -path.stat().st_size)[:16]
-        rates = {count: direct_rate(files, count) / 1e9 for count in (1, 4, 8)}
-        self.note("o_direct_gb_s", rates)
-        best = max(rates.values())
+
+        def direct(when: str) -> float:
+            rates = {count: direct_rate(files, count) / 1e9 for count in (1, 4, 8)}
+            self.note(f"o_direct_gb_s_{when}", rates)
+            return max(rates.values())
+
+        best = direct("before")
+        shape = {"max_batch": 4, "max_model_len": 128}  # four sequences, in blocks that fit beside two layers
         cap = size // 25
         asked = None
         for mode in ("page cache", "direct"):
+            if mode == "direct" and asked is not None:
+                self.resident(store, asked, shape, size)
             each = size / 1e9 / (best if mode == "direct" else 3.0)
             if self.late(f"disk_{mode.replace(' ', '_')}", 15 + each * (1 if mode == "direct" else 2)):
                 continue
@@ -288,8 +295,7 @@ class Bench:
             start.available = (lambda: 0) if mode == "direct" else (lambda: 1 << 50)
             try:
                 engine = jaxinfer.init_inference(
-                    store, {"tensor": 1}, progress=False, offload="disk", max_batch=16, max_model_len=256,
-                    host_memory=HOST_MEMORY, **options,
+                    store, {"tensor": 1}, progress=False, offload="disk", host_memory=HOST_MEMORY, **shape, **options,
                 )  # fmt: skip
             finally:
                 start.available = free
@@ -311,19 +317,23 @@ class Bench:
                             "share_of_o_direct": read / 1e9 / seconds / best, "model_over_cap": size / cap,
                             "planned_bytes": engine.plan.total_bytes_per_device, "cap_bytes": cap,
                             "slots": engine.plan.tiers.slots, "report": report, "tokens": self.said,
+                            "agrees": self.tokens and self.said == [ids[: len(self.said[0])] for ids in self.tokens],
                         },
                     )  # fmt: skip
-        if asked is None or self.late("disk_resident", 10 + size / 3e9):
+        if asked is not None:
+            best = max(best, direct("after"))
+            for name in [name for name in self.found if name.startswith("disk_") and "read_gb_s" in self.found[name]]:
+                self.note(name, self.found[name] | {"share_of_o_direct": self.found[name]["read_gb_s"] / best})
+
+    def resident(self, store: Path, asked: list[list[int]], shape: dict[str, int], size: int) -> None:
+        """The tokens of the engine that holds the whole store on the device."""
+        if self.late("disk_resident", 10 + size / 3e9):
             return
-        shape = {"max_batch": 16, "max_model_len": 256}
-        with jaxinfer.init_inference(store, {"tensor": 1}, progress=False, **shape) as engine:
+        with jaxinfer.init_inference(store, {"tensor": 1}, progress=False, **shape) as engine:  # type: ignore[arg-type]
             self.run(engine, asked, 2)
-            paged = self.found.get("disk_page_cache_second", {}).get("tokens")
-            direct = self.found.get("disk_direct_first", {}).get("tokens")
-            found = {"tokens": self.said, "page_cache_agrees": paged == self.said}
-            if direct is not None:
-                found["direct_agrees"] = direct == [ids[:1] for ids in self.said]
-            self.note("disk_resident", found)
+        self.tokens = self.said
+        paged = self.found.get("disk_page_cache_second", {}).get("tokens")
+        self.note("disk_resident", {"tokens": self.said, "page_cache_agrees": paged == self.said})
 
     @contextlib.contextmanager
     def paged(self, model: str, **options: Any) -> Iterator[Any]:
@@ -451,11 +461,13 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun that would end later")
     parser.add_argument("--micro-tokens", type=int, help="most prompt tokens that a layer computes at a time")
     parser.add_argument("--slots", type=int, help="paged layers that the device holds at once")
+    parser.add_argument("--try-products", action="store_true", help="let XLA try products out while it compiles")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on a CPU")
     bench = Bench(parser.parse_args())
     if bench.given.micro_tokens:
         tiers.MICRO_TOKENS = bench.given.micro_tokens
+    executor.TRY_PRODUCTS = bench.given.try_products
     if bench.given.slots:
-        tiers.DEVICE_SLOTS = bench.given.slots
+        tiers.DEVICE_SLOTS = tiers.ROOMY_SLOTS = bench.given.slots
     for part in bench.given.parts:
         getattr(bench, part)()

@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 5120,
     },
     # 40 GB in layers of 405 MB, which pass through a device of 1.6 GB.
-    "llama-100-layers": LLAMA | {"num_hidden_layers": 99, "tie_word_embeddings": True, "num_key_value_heads": 8},
+    "llama-115-layers": LLAMA | {"num_hidden_layers": 115, "tie_word_embeddings": True, "num_key_value_heads": 8},
     "gpt2-xl": GPT2_XL,
 }
 
@@ -56,7 +56,7 @@ TINY: dict[str, dict[str, Any]] = {
         "hidden_size": 256, "ffn_dim": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128,
         "word_embed_proj_dim": 256, "dtype": "float32",
     },
-    "llama-100-layers": _TINY_LLAMA | {"num_hidden_layers": 9, "dtype": "bfloat16"},
+    "llama-115-layers": _TINY_LLAMA | {"num_hidden_layers": 9, "dtype": "bfloat16"},
     "gpt2-xl": {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128, "dtype": "float32", "eos_token_id": 2},
 }  # fmt: skip
 

@@ -371,11 +371,13 @@ class Executor:
         kept = (cache_specs, self._rows, self._rows)
         given = (self._leaves, self.caches, self.last, penalties, inputs)
         in_specs = (self._leaf_specs, *kept, self._rows)
-        # Not with quantized weights: Triton widens them inside the product, and nothing else has been timed.
-        timed = isinstance(inputs, PrefillInputs) and self.plan.quantize is None
-        tokens = inputs.tokens.size // self.plan.shards if timed else 0
-        options = compiler_options(Device.of(self.mesh.devices.flat[0]), tokens)
+        options = self._options(inputs.tokens.size // self.plan.shards if isinstance(inputs, PrefillInputs) else 0)
         return self._compile(key, description, body, given, in_specs, (*kept, *result_specs), (1, 2, 3), options)
+
+    def _options(self, tokens: int) -> dict[str, str]:
+        """Options of XLA for a step that computes so many tokens of a shard's prompts."""
+        # Not with quantized weights: Triton widens them inside the product, and nothing else has been timed.
+        return compiler_options(Device.of(self.mesh.devices.flat[0]), tokens) if self.plan.quantize is None else {}
 
     def _compile(
         self,

@@ -18,6 +18,7 @@ from pallas_kernels.attention import BLOCK_SIZE, Bias, paged_attention
 from pallas_kernels.choices import DECODE_HEADS, attention_choice, decode_problem, device
 from pallas_kernels.decode_config import DecodeConfig, decode_config
 from pallas_kernels.decode_kernel import LOG2E, NEVER, split_attention
+from pallas_kernels.decode_resident import resident_attention
 
 DecodeImplementation = Literal["mosaic", "reference"]
 
@@ -91,8 +92,12 @@ def decode_attention(
         raise ValueError(f"config: consumers must divide stages, got {config}")
     if config.ahead and not config.overlap:
         raise ValueError(f"config: ahead is a kind of overlap, which must be set too, got {config}")
-    if config.fused and not 2 <= config.splits <= 8:
-        raise ValueError(f"config: a fused combination takes 2 to 8 splits, got {config}")
+    if config.resident:
+        _check_resident(config, tables.shape[1], key_blocks.dtype)
+        return resident_attention(
+            query, key_blocks, value_blocks, tables, lengths, config,
+            scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
+        )  # fmt: skip
     splits = split_attention(
         query, key_blocks, value_blocks, tables, lengths, config,
         scale=scale, softcap=softcap, window=window, bias=bias, sinks=sinks,
@@ -155,6 +160,18 @@ def _check_mosaic(query: jax.Array, key_blocks: jax.Array, value_blocks: jax.Arr
     problem = problem or decode_problem(query.dtype, key_blocks.dtype, head_dim=dim, heads_per_key=heads_per_key)
     if problem is not None:
         raise ValueError(f"decode_attention: implementation 'mosaic' does not run {problem}; {RUNS}")
+
+
+def _check_resident(config: DecodeConfig, width: int, dtype: jnp.dtype) -> None:
+    """Refuse a configuration that the kernel for short contexts cannot run."""
+    if config.consumers > 1 or config.overlap or config.ahead or config.splits > 8:
+        raise ValueError(
+            f"config: resident takes 1 to 8 splits, one consumer, and neither overlap nor ahead, got {config}"
+        )
+    if config.stages * config.splits < width:
+        raise ValueError(f"config: resident takes a stage for each of {width} blocks of a table row, got {config}")
+    if dtype.itemsize == 1:
+        raise ValueError(f"config: resident takes keys and values of 16 bits, got {dtype}")
 
 
 def _reference(

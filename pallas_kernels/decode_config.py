@@ -24,21 +24,22 @@ class DecodeConfig:
         splits: programs that share the blocks of one sequence and head.
         stages: blocks of keys, and as many of values, in flight in each program.
         consumers: warpgroups of a program that compute, each on blocks of its own; they divide ``stages``.
-        fused: the splits, 2 to 8, are a cluster whose first program is sent what the others found, over distributed
-            shared memory, and puts it together; no second kernel. Interpret mode cannot run it.
         overlap: let the kernel behind this one start at once, where it may fetch what does not depend on this one, and
             start itself while the kernel before is still running; it waits for that one before it reads anything.
             Interpret mode cannot run it.
         ahead: with ``overlap``, wait only before what belongs to the newest token is read, its block and the query.
             Lengths, tables and all blocks before must then have been written before the kernel before this one began.
+        resident: the kernel of :mod:`pallas_kernels.decode_resident`, whose programs have a stage for each block that
+            they serve; its splits are always a cluster, which interpret mode cannot run, and ``consumers``,
+            ``overlap`` and ``ahead`` are not for it.
     """
 
     splits: int
     stages: int
     consumers: int = 1
-    fused: bool = False
     overlap: bool = False
     ahead: bool = False
+    resident: bool = False
 
 
 def decode_config(
@@ -46,12 +47,13 @@ def decode_config(
 ) -> DecodeConfig:
     """Choose splits and stages.
 
-    Splits cost a second kernel and float32 partial results. So a sequence is split only where there are fewer programs
-    than SMs, into no more programs than two an SM and none of fewer than 16 blocks; and where tables are so wide that
-    one long sequence in a batch of short ones would run on alone, into parts of 64 blocks. Measured on an H200 with
-    ``benchmarks/decode_attention.py``: 32 programs of 8 blocks take 12.2 us in one split and 15.6 or more in four and
-    eight; 256 programs of 64 blocks 143 us in one and 154 in four; 16 sequences of 8 blocks the same in one and two.
-    The bounds of 16 and 64 blocks are derived from that and were not measured themselves.
+    Little work over short tables is :func:`resident_config`'s. Else splits cost a second kernel and float32 partial
+    results. So a sequence is split only where there are fewer programs than SMs, into no more programs than two an SM
+    and none of fewer than 16 blocks; and where tables are so wide that one long sequence in a batch of short ones would
+    run on alone, into parts of 64 blocks. Measured on an H200 with ``benchmarks/decode_attention.py``: 32 programs of 8
+    blocks take 12.2 us in one split and 15.6 or more in four and eight; 256 programs of 64 blocks 143 us in one and 154
+    in four; 16 sequences of 8 blocks the same in one and two. The bounds of 16 and 64 blocks are derived from that and
+    were not measured themselves.
 
     Stages take half of an SM's shared memory: 96 KiB in flight in each of two programs, where 23 KiB an SM hide the
     latency of HBM in the mean; 3 stages of 32 KiB, which this gives for heads of 128, were the best measured.
@@ -64,6 +66,12 @@ def decode_config(
         kv_bytes: bytes of an entry of keys and values: 2, or 1, which also takes a factor a row and room to widen.
         sms: multiprocessors of the device.
     """
+    if kv_bytes == 2:
+        resident = resident_config(
+            batch=batch, groups=groups, heads_per_key=heads_per_key, width=width, head_dim=head_dim, sms=sms
+        )
+        if resident is not None:
+            return resident
     programs = batch * groups
     splits = min(2 * sms // programs, width // 16) if programs < sms else 1
     splits = max(1, min(max(splits, width // 64), 32))
@@ -77,6 +85,27 @@ def decode_config(
     if stages < 2:
         stages = (SMEM_BYTES - 1024 - fixed) // stage
     return DecodeConfig(splits=splits, stages=max(1, min(stages, 8, math.ceil(width / splits))), overlap=True)
+
+
+def resident_config(
+    *, batch: int, groups: int, heads_per_key: int, width: int, head_dim: int, sms: int = SMS
+) -> DecodeConfig | None:
+    """Choose a division whose programs hold all their blocks, or None where there is too much work for one.
+
+    All programs must run at once, each alone on its SM, and share a sequence's blocks by as many as that allows: 1, 2,
+    4 or 8 of a cluster. Arguments as of :func:`decode_config`.
+    """
+    for splits in (8, 4, 2, 1):
+        stages = math.ceil(width / splits)
+        columns = columns_of(heads_per_key)
+        needed = stages * (4 * BLOCK_SIZE * head_dim + 2 * BLOCK_SIZE * columns)
+        # The query, the result, what a cluster sends (two parts of 64 rows where those do not divide the head).
+        rows = head_dim if head_dim % BLOCK_SIZE == 0 else 2 * BLOCK_SIZE
+        needed += columns * (4 * head_dim + 2 * rows) + 8192
+        needed += 8 * splits * rows * columns if splits > 1 else 0
+        if splits <= width and batch * groups * splits <= sms and needed <= SMEM_BYTES:
+            return DecodeConfig(splits=splits, stages=stages, resident=True)
+    return None
 
 
 def columns_of(heads_per_key: int) -> int:

@@ -4,8 +4,7 @@ How the kernel works: a program serves one (sequence, key/value head, split). It
 table and keeps a ring of TMA copies in flight; the others take the blocks in turn and compute, for each, the scores as
 ``K q^T`` and the output as ``V^T p^T``. Keys are the 64 rows of wgmma and query heads its columns, so a few query heads
 cost the tensor cores and the softmax 8 columns, where heads as rows would cost 64. Splits take a sequence's blocks in
-turn too; each gives an unnormalised output, a maximum and a sum, which one fusion of XLA puts together, or the first
-program of a cluster.
+turn too; each gives an unnormalised output, a maximum and a sum, which one fusion of XLA puts together.
 
 Keys and values of 8 bits are widened on their way from one tile of shared memory to another, exactly; a key's factor
 multiplies its row of the scores, and a value's factor its row of the weights.
@@ -35,7 +34,7 @@ NEVER = -1e30
 """Score of a hidden key, and the maximum before the first key: finite, and exp2 of it is 0."""
 
 
-def _transforms(columns: int) -> tuple[Any, ...]:
+def transforms(columns: int) -> tuple[Any, ...]:
     """How a matrix of 16-bit entries lies in shared memory: tiles as wide as the widest swizzle that divides a row."""
     tile = next(tile for tile in (64, 32, 16) if columns % tile == 0)
     return plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(2 * tile)  # type: ignore[abstract]
@@ -44,6 +43,46 @@ def _transforms(columns: int) -> tuple[Any, ...]:
 def _narrow_transforms() -> tuple[Any, ...]:
     """The same for 8-bit entries, whose tiles are as wide as the slices that are widened at a time."""
     return plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(SLICE)  # type: ignore[abstract]
+
+
+def log2_scores(
+    scores: Any,
+    base: Any,
+    length: Any,
+    slopes: Any,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    bias: Bias | None,
+) -> Any:
+    """Products of a block's keys with queries [64, columns] to scores in units of log2, hidden ones NEVER; in a kernel.
+
+    ``base`` is the position of the first key, ``length`` the tokens there are, ``slopes`` [columns] those of ``bias``.
+    """
+    positions = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA) + base
+    alibi = None
+    if bias is not None:
+        places = positions.astype(jnp.float32)
+        if bias.bfloat16:
+            places = places.astype(jnp.bfloat16).astype(jnp.float32)
+        alibi = lax.broadcast_in_dim(slopes, scores.shape, [1]) * places
+        if bias.bfloat16:
+            alibi = alibi.astype(jnp.bfloat16).astype(jnp.float32)
+        if bias.scaled:
+            scores = scores + alibi
+    if softcap is not None:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh has 11 bits, too few to be scaled by a cap.
+        scores = softcap - (2 * softcap) / (1 + jnp.exp2(scores * (2 * LOG2E * scale / softcap)))
+        scores = scores * LOG2E
+    else:
+        scores = scores * (scale * LOG2E)
+    if alibi is not None and bias is not None and not bias.scaled:
+        scores = scores + alibi * LOG2E
+    visible = positions < length
+    if window is not None:
+        visible &= positions >= length - window
+    return jnp.where(visible, scores, NEVER)
 
 
 # Jitted, so that the layers of a model trace, lower and compile one kernel, not one each.
@@ -78,7 +117,7 @@ def split_attention(
     scores_shape, layout = (BLOCK_SIZE, columns), plgpu.Layout.WGMMA
     # The rows of wgmma come in 64s. Where they do not divide the head, two products overlap: 0..63 and D-64..D-1.
     parts = ((0, dim),) if dim % 64 == 0 else ((0, 64), (dim - 64, 64))
-    whole = splits == 1 or config.fused
+    whole = splits == 1
     narrow = key_scales is not None and value_scales is not None
     factors = {"keys": key_scales, "values": value_scales} if narrow else {}
     # TMA fills what is past an array's end with zeros, so that fewer than 8 heads are one tile as they lie in memory;
@@ -113,7 +152,7 @@ def split_attention(
         query_gmem: Any, keys_gmem: Any, values_gmem: Any, tables_gmem: Any, lengths_gmem: Any, rows_gmem: Any,
         factors_gmem: Any, out_gmem: Any, query_smem: Any, keys_smem: Any, values_smem: Any, weights_smem: Any,
         out_smem: Any, query_ready: Any, keys_ready: Any, values_ready: Any, keys_used: Any,
-        values_used: Any, widened: Any, merged: Any, sent: Any,
+        values_used: Any, widened: Any, merged: Any,
     ) -> None:  # fmt: skip
         sequence, group, split = (lax.axis_index(name) for name in ("sequence", "group", "split"))
         warpgroup = lax.axis_index("warpgroup")
@@ -211,29 +250,9 @@ def split_attention(
             scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(scores_shape, jnp.float32))
             if factor is not None:
                 scores = scores * factor
-            positions = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=layout) + base
-            alibi = None
-            if bias is not None:
-                places = positions.astype(jnp.float32)
-                if bias.bfloat16:
-                    places = places.astype(jnp.bfloat16).astype(jnp.float32)
-                alibi = across(load_row(rows_gmem["slopes"].at[group]), BLOCK_SIZE) * places
-                if bias.bfloat16:
-                    alibi = alibi.astype(jnp.bfloat16).astype(jnp.float32)
-            if alibi is not None and bias is not None and bias.scaled:
-                scores = scores + alibi
-            if softcap is not None:
-                # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh has 11 bits, too few to be scaled by a cap.
-                scores = softcap - (2 * softcap) / (1 + jnp.exp2(scores * (2 * LOG2E * scale / softcap)))
-                scores = scores * LOG2E
-            else:
-                scores = scores * (scale * LOG2E)
-            if alibi is not None and bias is not None and not bias.scaled:
-                scores = scores + alibi * LOG2E
-            visible = positions < length
-            if window is not None:
-                visible &= positions >= length - min(window, width * BLOCK_SIZE)
-            return jnp.where(visible, scores, NEVER)
+            slopes = None if bias is None else load_row(rows_gmem["slopes"].at[group])
+            seen = None if window is None else min(window, width * BLOCK_SIZE)
+            return log2_scores(scores, base, length, slopes, scale=scale, softcap=softcap, window=seen, bias=bias)
 
         def clear_past_end(tile: Any, base: Any) -> None:
             # What lies past a sequence's end may be NaN, and zero times NaN is NaN.
@@ -316,7 +335,7 @@ def split_attention(
             outs, maximum, total = lax.fori_loop(0, own, step, (zeros, maximum, total))
             total = total.sum(axis=0)
             if consumers == 1:
-                give(outs, maximum, total)
+                finish(outs, maximum, total)
                 return
             pl.when(warpgroup > 0)(functools.partial(hand_over, outs, maximum, total))
             pl.when(warpgroup == 0)(functools.partial(take_over, outs, maximum, total))
@@ -346,44 +365,7 @@ def split_attention(
                     for out, found, (_, size) in zip(outs, matrices, parts, strict=True)
                 ]
                 maximum = raised
-            give(outs, maximum, total)
-
-        def give(outs: Any, maximum: Any, total: Any) -> None:
-            """Write the result of this program, or send it to the one that puts the splits together."""
-            if not config.fused:
-                finish(outs, maximum, total)
-                return
-            found, places, arrived = sent
-            factor = jnp.where(total > 0, 1 / total, 0.0)
-            # Of a split without keys, NEVER: no other has less. As a matrix, so that all that follows is elementwise.
-            place = jnp.where(total > 0, maximum + jnp.log(jnp.maximum(total, 1e-30)) * LOG2E, NEVER)
-            for number, (out, (_, size)) in enumerate(zip(outs, parts, strict=True)):
-                for value, target in ((out * across(factor, size), found), (across(place, size), places)):
-                    plgpu.async_store_smem(
-                        plgpu.layout_cast(value, layout), target[number].at[split], arrived,
-                        cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False,
-                    )  # fmt: skip
-            pl.when(split == 0)(lambda: gather(sent))
-
-        def gather(sent: Any) -> None:
-            """Put together what the programs of this cluster sent."""
-            found, places, arrived = sent
-            plgpu.barrier_wait(arrived)
-            outs = []
-            for values, at, (_, size) in zip(found, places, parts, strict=True):
-                tops = [plgpu.load(at.at[peer], layout=layout, optimized=False) for peer in range(splits)]
-                top = functools.reduce(jnp.maximum, tops)
-                if "sinks" in rows:
-                    sink = across(load_row(rows_gmem["sinks"].at[group]), size)
-                    top = jnp.maximum(top, sink)
-                total = jnp.exp2(sink - top) if "sinks" in rows else jnp.zeros_like(top)
-                out = jnp.zeros_like(top)
-                for peer in range(splits):
-                    weight = jnp.exp2(tops[peer] - top)
-                    total = total + weight
-                    out = out + weight * plgpu.load(values.at[peer], layout=layout, optimized=False)
-                outs.append(out / total)
-            write(outs)
+            finish(outs, maximum, total)
 
         def finish(outs: Any, maximum: Any, total: Any) -> None:
             """Write the result, or this split's share of it."""
@@ -440,9 +422,9 @@ def split_attention(
     block = (stages, BLOCK_SIZE, dim)
     widened: dict[str, Any] = {}
     for name in factors:
-        widened[name] = plgpu.SMEM((consumers, BLOCK_SIZE, dim), dtype, transforms=_transforms(dim))
+        widened[name] = plgpu.SMEM((consumers, BLOCK_SIZE, dim), dtype, transforms=transforms(dim))
         widened[f"{name} factors"] = plgpu.SMEM((stages, BLOCK_SIZE), jnp.float32)
-    stored = _narrow_transforms() if narrow else _transforms(dim)
+    stored = _narrow_transforms() if narrow else transforms(dim)
     staging: tuple[Any, ...] = ()
     if dim % 64 and heads % 8 == 0:
         # Left to itself Mosaic tiles what can be tiled by 64, which does not divide the result's rows.
@@ -453,9 +435,6 @@ def split_attention(
     def matrices(number: int) -> list[Any]:
         return [plgpu.SMEM((number, size, columns), jnp.float32, transforms=tiles) for _, size in parts]
 
-    sent: tuple[Any, ...] = ()
-    if config.fused:
-        sent = matrices(splits), matrices(splits), plgpu.Barrier(num_arrivals=2 * splits * len(parts))
     merged: tuple[Any, ...] = ()
     if (others := consumers - 1) > 0:
         found = [plgpu.SMEM((others, columns), jnp.float32)] * 2
@@ -464,23 +443,20 @@ def split_attention(
         decode_attention_kernel,
         out_type=out_type,
         scratch_types=[
-            plgpu.SMEM((columns, dim), dtype, transforms=_transforms(dim)),
+            plgpu.SMEM((columns, dim), dtype, transforms=transforms(dim)),
             plgpu.SMEM(block, key_blocks.dtype, transforms=stored),
             plgpu.SMEM(block, value_blocks.dtype, transforms=stored),
             # wgmma has one swizzle for both operands.
-            plgpu.SMEM((consumers, columns, BLOCK_SIZE), dtype, transforms=_transforms(math.gcd(dim, BLOCK_SIZE))),
+            plgpu.SMEM((consumers, columns, BLOCK_SIZE), dtype, transforms=transforms(math.gcd(dim, BLOCK_SIZE))),
             [plgpu.SMEM((columns, size), out_type["out"].dtype, transforms=staging) for _, size in parts],
             plgpu.Barrier(),
             *(plgpu.Barrier(num_arrivals=1 + narrow, num_barriers=stages) for _ in range(2)),
             *(plgpu.Barrier(num_barriers=stages) for _ in range(2)),
             widened,
             merged,
-            sent,
         ],
-        grid=(batch, groups) if config.fused else (batch, groups, splits),
-        grid_names=("sequence", "group") if config.fused else ("sequence", "group", "split"),
-        cluster=(splits,) if config.fused else (),
-        cluster_names=("split",) if config.fused else (),
+        grid=(batch, groups, splits),
+        grid_names=("sequence", "group", "split"),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

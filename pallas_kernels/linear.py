@@ -159,8 +159,11 @@ def _dot(o: _Operands) -> jax.Array:
         # 8 bits are exact in 16, and the factors come after the sum, in float32: only the result is rounded.
         y = (_product(h, o.weight.astype(h.dtype), jnp.float32) * o.scale).astype(h.dtype)
     if o.bias is not None:
-        y = y + o.bias
-    if o.gated or o.activation is not None:
+        # Over one axis of outputs: so cuBLASLt adds it within the product, to any other XLA adds a broadcast.
+        y = (y.reshape(*o.x.shape[:-1], -1) + o.bias.reshape(-1)).reshape(y.shape)
+    if o.activation == "relu" and not o.gated:
+        y = jnp.maximum(y, 0)  # exact in any dtype, and where it is not widened cuBLASLt does this too
+    elif o.gated or o.activation is not None:
         wide = y.astype(jnp.float32)
         # Taken apart after the product, so that it is one; the halves are the first axis of the weight.
         axis = o.x.ndim - 1

@@ -40,7 +40,10 @@ from jaxinfer.models.decoder import Decoder
 from jaxinfer.paging.host_cache import Advance, Chunks, HostCache, newest, window_tables
 from jaxinfer.paging.pager import Pager
 from jaxinfer.plan import Plan
+from pallas_kernels import Device
 
+TRY_PRODUCTS = False
+"""Whether XLA tries products out while it compiles, in memory of the device that no plan knows of."""
 Piece = tuple[jax.Array, Batch]
 """Hidden states on their way through the layers, and the batch they belong to."""
 
@@ -266,6 +269,21 @@ class PagedExecutor(Executor):
                 self.kv.reset()
             raise
 
+    def _compile(
+        self,
+        key: Any,
+        description: str,
+        body: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        in_specs: tuple[Any, ...],
+        out_specs: Any,
+        donated: tuple[int, ...],
+        options: dict[str, str] | None = None,
+    ) -> Any:
+        """As :meth:`Executor._compile`, in no more memory of the device than the plan says."""
+        options = (options or {}) | frugal_options(Device.of(self.mesh.devices.flat[0]))
+        return super()._compile(key, description, body, arguments, in_specs, out_specs, donated, options)
+
     def _layer(
         self,
         layer: int,
@@ -301,6 +319,7 @@ class PagedExecutor(Executor):
         return self._compile(
             key, f"a layer of {what}", body, (segments, cache, hidden, batch),
             (specs, cache_specs, self._rows, self._rows), (self._rows, cache_specs, PartitionSpec(), new_specs), (1, 2),
+            self._options(batch.tokens.size // self.plan.shards),
         )  # fmt: skip
 
     # The bodies below run under shard_map: every array is this device's block.
@@ -448,6 +467,15 @@ class PagedExecutor(Executor):
         if key not in self._compiled:
             self._compiled[key] = jax.jit(lambda trees: jax.tree.map(join, *trees), out_shardings=sharding)
         return self._compiled[key](found)
+
+
+def frugal_options(on: Device) -> dict[str, str]:
+    """Options with which XLA compiles without memory of the device.
+
+    Where it tries products out it gives each candidate operands of its own. On an H200 a plan of 1.39 GB took 1.97 GB
+    at its peak that way (``benchmarks/offload.py disk``).
+    """
+    return {"xla_gpu_autotune_level": "0"} if on.platform == "gpu" and not TRY_PRODUCTS else {}
 
 
 @jax.jit

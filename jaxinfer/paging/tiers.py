@@ -25,9 +25,13 @@ OFFLOADS = ("host", "disk", "auto")
 KV_OFFLOADS = ("host", "auto")
 DEVICE_SLOTS = 2
 """Paged layers on a device at once: one computes, the next arrives."""
+ROOMY_SLOTS = 3
+"""The same where a layer is a small part of the memory: a layer is handed out while the one before still computes."""
+ROOMY = 16
+"""How many layers a device's memory must hold for :data:`ROOMY_SLOTS`."""
 RING_SLOTS = 4
 """Host buffers of the disk tier: one travels to the devices, two are being read, one is ready."""
-MICRO_TOKENS = 2048
+MICRO_TOKENS = 4096
 """Most prompt tokens that a layer computes at a time; a pass has many times that."""
 KV_WINDOW_BYTES = 256 << 20
 """Of a layer's keys and values in host memory: what travels at a time, at most."""
@@ -189,12 +193,14 @@ def unassigned(plan: Plan, offload: str, device_memory: int | None, host_memory:
     count = plan.spec.num_layers
     packings = layer_packings(plan.parameters, count, plan.rules, plan.mesh)
     on_disk: tuple[Tier, ...] = tuple("disk" for _ in range(count))
+    largest = max(packing.moved_bytes for packing in packings)
+    roomy = device_memory is not None and device_memory >= ROOMY * largest
     return Tiers(
         offload=offload,
         layers=on_disk,
         layer_bytes=tuple(packing.moved_bytes for packing in packings),
         buffer_bytes=tuple(packing.nbytes * packing.parts for packing in packings),
-        slots=DEVICE_SLOTS,
+        slots=ROOMY_SLOTS if roomy else DEVICE_SLOTS,
         ring=RING_SLOTS,
         micro_tokens=MICRO_TOKENS,
         device_memory=device_memory,

@@ -29,12 +29,25 @@ SHAPES: dict[str, tuple[int, int, int, int, int, DecodeConfig | None, dict[str, 
         1, 32, 1, 128, 9, DecodeConfig(splits=1, stages=6, consumers=2, overlap=True, ahead=True), {"kv": jnp.int8},
         jnp.bfloat16,
     ),
-    "fused, two consumers, ahead": (
-        1, 32, 1, 128, 9, DecodeConfig(splits=4, stages=2, consumers=2, fused=True, overlap=True, ahead=True),
-        {"sinks": True}, jnp.bfloat16,
+    "resident, llama-7b": (1, 32, 1, 128, 9, DecodeConfig(splits=4, stages=3, resident=True), {}, jnp.bfloat16),
+    "resident, llama-7b, two splits": (
+        1, 32, 1, 128, 9, DecodeConfig(splits=2, stages=5, resident=True), {}, jnp.bfloat16,
     ),
-    "fused, heads of 96": (
-        1, 32, 1, 96, 9, DecodeConfig(splits=2, stages=2, fused=True, overlap=True), {"slopes": True}, jnp.float16,
+    "resident, grouped, 8 splits, all options": (
+        1, 8, 4, 128, 16, DecodeConfig(splits=8, stages=2, resident=True),
+        {"window": 600, "softcap": 50.0, "sinks": True, "slopes": True}, jnp.bfloat16,
+    ),
+    "resident, OPT": (16, 32, 1, 128, 3, DecodeConfig(splits=1, stages=3, resident=True), {}, jnp.float16),
+    "resident, GPT-2 XL": (1, 25, 1, 64, 3, DecodeConfig(splits=3, stages=1, resident=True), {}, jnp.bfloat16),
+    "resident, one split, all options": (
+        2, 8, 4, 128, 5, DecodeConfig(splits=1, stages=5, resident=True),
+        {"window": 100, "softcap": 50.0, "sinks": True, "slopes": True, "scaled": True}, jnp.bfloat16,
+    ),
+    "resident, heads of 96": (
+        1, 8, 9, 96, 4, DecodeConfig(splits=2, stages=2, resident=True), {"sinks": True}, jnp.bfloat16,
+    ),
+    "two consumers, splits and ALiBi": (
+        8, 2, 3, 96, 9, DecodeConfig(splits=3, stages=2, consumers=2), {"slopes": True, "scaled": True}, jnp.bfloat16,
     ),
     "llama-7b batch 16": (16, 32, 1, 128, 9, None, {}, jnp.bfloat16),
     "grouped, 4096 tokens": (32, 8, 4, 128, 64, None, {}, jnp.bfloat16),

@@ -127,9 +127,9 @@ def test_other_bad_arguments_are_refused():
         decode_attention(*shapes(), scale=1.0, sinks=jnp.zeros((8,)))
     with pytest.raises(ValueError, match="splits, stages and consumers must be at least 1"):
         decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=DecodeConfig(splits=0, stages=1))
-    fused = DecodeConfig(splits=9, stages=1, fused=True)
-    with pytest.raises(ValueError, match="takes 2 to 8 splits"):
-        decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=fused)
+    wide = DecodeConfig(splits=9, stages=1, resident=True)
+    with pytest.raises(ValueError, match="resident takes 1 to 8 splits"):
+        decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=wide)
     uneven = DecodeConfig(splits=1, stages=3, consumers=2)
     with pytest.raises(ValueError, match="consumers must divide stages"):
         decode_attention(*shapes(), scale=1.0, implementation="mosaic", config=uneven)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BLOCK_SIZE
-from pallas_kernels.decode_config import DecodeConfig, block_range, decode_config
+from pallas_kernels.decode_config import DecodeConfig, block_range, decode_config, resident_config
 
 
 @pytest.mark.parametrize("splits", [1, 3, 8])
@@ -22,7 +22,7 @@ def test_splits_take_every_block_that_is_seen_once(window, splits):
 @pytest.mark.parametrize(
     ("batch", "groups", "width", "splits"),
     [
-        (1, 32, 8, 1),  # 512 tokens
+        (8, 32, 8, 1),  # 512 tokens
         (16, 8, 8, 1),
         (32, 8, 64, 1),  # 4096 tokens
         (1, 8, 64, 4),  # few programs and a long context
@@ -33,6 +33,28 @@ def test_splits_take_every_block_that_is_seen_once(window, splits):
 def test_a_sequence_is_split_where_there_are_few_programs_and_a_long_context(batch, groups, width, splits):
     chosen = decode_config(batch=batch, groups=groups, heads_per_key=4, width=width, head_dim=128)
     assert chosen == DecodeConfig(splits=splits, stages=3, overlap=True)
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "dim", "width", "splits", "stages"),
+    [
+        (1, 32, 128, 9, 4, 3),  # Llama 7B, 512 tokens
+        (2, 32, 128, 9, 2, 5),
+        (4, 32, 128, 9, None, None),  # nine blocks do not fit into an SM, and its cluster would find none free
+        (1, 8, 128, 9, 8, 2),
+        (1, 32, 128, 3, 2, 2),  # OPT-6.7B, 130 tokens
+        (4, 32, 128, 3, 1, 3),
+        (16, 32, 128, 3, None, None),
+        (1, 25, 64, 3, 2, 2),  # GPT-2 XL
+        (1, 32, 128, 64, None, None),
+    ],
+)
+def test_little_work_over_short_tables_is_held_at_once(batch, groups, dim, width, splits, stages):
+    shape = {"batch": batch, "groups": groups, "heads_per_key": 1, "width": width, "head_dim": dim}
+    held = None if splits is None else DecodeConfig(splits=splits, stages=stages, resident=True)
+    assert resident_config(**shape) == held
+    assert (decode_config(**shape) == held) == (held is not None)
+    assert not decode_config(**shape, kv_bytes=1).resident
 
 
 @pytest.mark.parametrize("kv_bytes", [1, 2])

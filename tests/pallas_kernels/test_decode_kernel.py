@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,18 @@ INTERPRETED: list[tuple[int, int, int, int, int, int, int, int, dict[str, Any], 
 ]
 
 
-def interpret() -> None:
-    """Random lengths and tables for each configuration, with the race detector on; run as a script."""
+def interpret(cases: Sequence[tuple[int, int, int, int, int, DecodeConfig, dict[str, Any], Any]]) -> None:
+    """Random lengths and tables for each case, with the race detector on; in a process of its own.
+
+    A case is batch, groups, heads, dim, width, how the work is divided, options and dtype.
+    """
     from hypothesis import given, settings
     from hypothesis import strategies as st
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for batch, groups, heads, dim, width, splits, stages, consumers, options, dtype in INTERPRETED:
+    for batch, groups, heads, dim, width, config, options, dtype in cases:
         kv = options.get("kv", dtype)
         theirs, ours = arguments({name: value for name, value in options.items() if name != "kv"}, groups, heads)
-        config = DecodeConfig(splits=splits, stages=stages, consumers=consumers)
         query = jnp.asarray(noise(batch, groups, heads, dim), dtype)
 
         def run(*given: Any, config: Any = config, ours: Any = ours) -> jax.Array:
@@ -118,4 +121,9 @@ def interpret() -> None:
 
 
 if __name__ == "__main__":
-    interpret()
+    interpret(
+        [
+            (*shape, DecodeConfig(splits=splits, stages=stages, consumers=consumers), options, dtype)
+            for *shape, splits, stages, consumers, options, dtype in INTERPRETED
+        ]  # type: ignore[misc]
+    )

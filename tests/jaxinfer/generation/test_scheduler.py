@@ -102,7 +102,7 @@ class Serving(RuleBasedStateMachine):
     @initialize(
         shards=st.integers(1, 3),
         slots=st.integers(1, 4),
-        blocks=st.integers(2, 9),
+        num_blocks=st.integers(2, 9),
         decode_chunk=st.sampled_from([1, 4, 16, 70]),
         prefill_chunk=st.sampled_from([16, 50, 128]),
         prefill_tokens=st.sampled_from([16, 100, 512, 1000]),
@@ -111,24 +111,12 @@ class Serving(RuleBasedStateMachine):
         ahead=st.integers(0, 2),
         own=st.booleans(),
     )
-    def start(
-        self, shards, slots, blocks, decode_chunk, prefill_chunk, prefill_tokens, prefill_blocks, packing, ahead, own
-    ):
-        self.slot_blocks = blocks - 1 if own else None
-        blocks = 1 + slots * (blocks - 1) if own else blocks
-        self.scheduler = Scheduler(
-            shards=shards,
-            slots=slots,
-            num_blocks=blocks,
-            decode_chunk=decode_chunk,
-            prefill_chunk=prefill_chunk,
-            prefill_tokens=prefill_tokens,
-            prefill_blocks=prefill_blocks,
-            packing=packing,
-            slot_blocks=self.slot_blocks,
-        )
-        self.device = Device(self.scheduler, blocks)
-        self.ahead, self.decode_chunk = ahead, decode_chunk
+    def start(self, num_blocks, ahead, own, **sizes):
+        self.slot_blocks = num_blocks - 1 if own else None
+        num_blocks = 1 + sizes["slots"] * (num_blocks - 1) if own else num_blocks
+        self.scheduler = Scheduler(num_blocks=num_blocks, slot_blocks=self.slot_blocks, **sizes)
+        self.device = Device(self.scheduler, num_blocks)
+        self.ahead, self.decode_chunk = ahead, sizes["decode_chunk"]
         self.pending: deque[tuple[PrefillStep | DecodeStep, list[tuple[Text, list[Any]]]]] = deque()
         self.texts: list[Text] = []
         self.aborted: set[Text] = set()

@@ -46,7 +46,7 @@ def test_bytes_are_those_of_the_parameters(spec):
     for got, expected in zip(tiers.layer_bytes, own, strict=True):
         assert expected <= got <= expected + 64 * 12  # each small one begins at a multiple of 64
     assert tiers.layers == ("host",) * 4
-    assert tiers.device_bytes == 2 * max(tiers.layer_bytes)
+    assert tiers.device_bytes == tiers.slots * max(tiers.layer_bytes)
     assert plan.weight_bytes_per_device == ends + tiers.device_bytes
     assert tiers.host_bytes == sum(tiers.buffer_bytes)
     assert tiers.moved_bytes == sum(tiers.layer_bytes)
@@ -230,11 +230,19 @@ def test_a_paged_plan_is_shown_and_written(folder):
 def test_passes_are_long_and_steps_short_where_layers_are_paged(spec):
     paged, plain = planned(spec, "host"), planned(spec, None)
     assert (plain.decode_chunk, plain.prefill_tokens, plain.micro_tokens) == (16, 2048, 2048)
-    assert (paged.decode_chunk, paged.prefill_tokens, paged.micro_tokens) == (1, 32768, 2048)
+    assert (paged.decode_chunk, paged.prefill_tokens, paged.micro_tokens) == (1, 32768, 4096)
     assert paged.prefill_chunk == min(32768, paged.max_model_len)
     small = planned(spec, "host", device_memory="6MB")
     assert small.prefill_tokens * spec.hidden * 4 <= 600_000
     assert small.total_bytes_per_device <= 6_000_000
+
+
+def test_a_third_slot_is_taken_where_a_layer_is_a_small_part_of_the_memory(spec):
+    layer = max(planned(spec, "host").tiers.layer_bytes)
+    for cap, slots in ((16 * layer, 3), (16 * layer - 1, 2)):
+        plan = make_plan(spec, {"tensor": 1}, "float32", DEVICE, offload="host", device_memory=cap, must_fit=False)
+        assert plan.tiers.slots == slots
+        assert plan.tiers.device_bytes == slots * layer
 
 
 def test_every_layer_has_its_parameters_in_the_order_of_the_leaves(spec):
