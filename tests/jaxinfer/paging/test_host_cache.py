@@ -22,7 +22,7 @@ from jaxinfer.paging import tiers
 from jaxinfer.paging.host_cache import Chunks, newest, window_tables
 from pallas_kernels.attention import write_cache
 from tests.cases import case
-from tests.engines import of, tiny
+from tests.engines import changed, of, tiny
 from tests.oracle import checkpoint, prompts, shared_root
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -220,6 +220,22 @@ def test_what_a_sequence_leaves_is_written_before_what_the_next_in_its_slot_says
         for got, one in zip(engine.generate(asked, params), expected, strict=True):
             assert got.outputs[0].token_ids == one.outputs[0].token_ids
             assert got.outputs[0].cumulative_logprob == pytest.approx(one.outputs[0].cumulative_logprob, abs=1e-4)
+
+
+def test_slots_that_hold_nan_harm_nobody_who_gets_them(root, tmp_path, monkeypatch):
+    poison, asked = 50, prompts(case("llama-plain"), (5, 70, 20, 62))
+    asked = [[token if token != poison else poison + 1 for token in prompt] for prompt in asked]
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, logit_bias={poison: -1e4})
+    with tiny(root) as resident:
+        expected = said(resident, asked, params)
+        row = resident.plan.longest_blocks * resident.plan.block_bytes_per_device // resident.spec.num_layers
+    monkeypatch.setattr(tiers, "KV_WINDOW_BYTES", 2 * row)
+    folder = changed(checkpoint(case("llama-plain"), root), tmp_path / "poisoned", poison=poison)
+    with of(folder, offload="host", kv_offload="host") as engine:
+        engine.generate([[poison] * 130] * 4, GREEDY)
+        kept = [values for arrays in engine.executor.kv._layers[0].arrays.values() for values in arrays]
+        assert all(np.isnan(values[2]).any() for values in kept), "this test tests nothing"
+        assert said(engine, asked, params) == expected
 
 
 def test_only_what_is_used_travels(root, small_groups):
