@@ -138,6 +138,25 @@ class Probe:
         link.close()
         self.note("overlap", rows)
 
+    def outwards(self) -> None:
+        """Bytes of a window on their way out, eight after another: by way of page-locked memory, and of numpy's."""
+        size = 4 * MEBI if self.rehearse else 42 * MEBI
+        make = jax.jit(lambda i: jnp.full(size // 2, i, jnp.bfloat16))
+        there = jax.sharding.SingleDeviceSharding(self.device, memory_kind="pinned_host")
+
+        def pinned() -> None:
+            for i in range(8):
+                np.asarray(jax.device_put(make(i), there))[::4096].sum()
+
+        def plain() -> None:
+            for i in range(8):
+                array = make(i)
+                array.copy_to_host_async()
+                np.asarray(array)[::4096].sum()
+
+        rates = {name: 8 * size / seconds(run, 3) / 1e9 for name, run in (("pinned", pinned), ("plain", plain))}
+        self.note("window_out_gb_s", rates)
+
     def four_bits(self) -> None:
         """Values of 4 bits that travel two to a byte are the same on the device."""
         values = np.random.default_rng(0).integers(-8, 8, (64, 128)).astype(ml_dtypes.int4)
@@ -195,7 +214,9 @@ if __name__ == "__main__":
     given = parser.parse_args()
     probe = Probe(given.out, given.rehearse, given.budget)
     memory = probe.register((16 if given.rehearse else 1300) * MEBI)
-    for measure in (lambda: probe.sizes(memory), probe.host_time, lambda: probe.overlap(memory), probe.four_bits):
+    for measure in (
+        lambda: probe.sizes(memory), probe.outwards, probe.host_time, lambda: probe.overlap(memory), probe.four_bits,
+    ):  # fmt: skip
         if probe.left():
             measure()
     if probe.left():

@@ -77,6 +77,11 @@ class LoadOptions:
         str | None, Option(help="What --offload may use of the host's memory, such as 64GB.", metavar="SIZE")
     ] = None
 
+    kv_offload: Annotated[
+        str | None,
+        Option(help="With --offload: keys and values in host memory (host), or if that is faster (auto)."),
+    ] = None
+
     def sizes(self) -> dict[str, int] | None:
         """The mesh's axis sizes, or None.
 
@@ -96,7 +101,7 @@ class LoadOptions:
     def given(self) -> dict[str, Any]:
         """What was given, as arguments of ``init_inference`` and ``plan``."""
         names = ["quantize", "kv_dtype", "max_batch", "max_model_len", "kv_blocks"]
-        names += ["offload", "device_memory", "host_memory"]
+        names += ["offload", "device_memory", "host_memory", "kv_offload"]
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         return given if self.load_format == "auto" else given | {"load_format": self.load_format}
 

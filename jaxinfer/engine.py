@@ -53,6 +53,7 @@ def init_inference(
     offload: str | None = None,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
+    kv_offload: str | None = None,
     load_format: str = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -84,6 +85,8 @@ def init_inference(
             the devices.
         device_memory, host_memory: what may be used of each device, and of the host for layers: bytes, or a string
             such as ``"2GB"``. None: 92 % of what the device reports, and 80 % of what is free.
+        kv_offload: with ``offload``: keys and values of all sequences in ``host`` memory, through the devices with the
+            layers; ``auto``: where that gives more tokens a second than the cache that fits. None: on the devices.
         load_format: ``auto``; or ``dummy``, which draws random parameters on the devices and reads the configuration
             alone, so that no weights need be there: for measuring, and for trying a plan.
         seed: what requests that bring no seed of their own derive theirs from, and ``dummy`` its parameters.
@@ -114,6 +117,7 @@ def init_inference(
             offload=offload,
             device_memory=device_memory,
             host_memory=usable_host(offload, host_memory),
+            kv_offload=kv_offload,
             on_disk=isinstance(pretrained.checkpoint, Store),
             quantize=pretrained.quantized(quantize),
             kv_dtype=kv_dtype,

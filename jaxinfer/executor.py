@@ -417,13 +417,16 @@ class Executor:
 
     def _allocate(self) -> tuple[list[LayerCache], Any]:
         """Empty caches, and the last token of each slot."""
+        last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
+        return self._empty_caches(), last
+
+    def _empty_caches(self) -> list[LayerCache]:
         # Zeros as factors too: what nobody wrote is never read.
         builds = [
             jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=self._sharding(spec))
             for (shape, dtype), spec in zip(self.plan.cache_arrays, self._cache_specs, strict=True)
         ]
-        last = jax.device_put(np.zeros(self.batch, np.int32), self._sharding(self._rows))
-        return [tuple(build() for build in builds) for _ in range(self.plan.spec.num_layers)], last
+        return [tuple(build() for build in builds) for _ in range(self.plan.spec.num_layers)]
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)

@@ -148,8 +148,20 @@ class Plan:
 
     @property
     def cache_bytes_per_device(self) -> int:
-        """Bytes of the KV cache on each device."""
-        return self.num_blocks * self.block_bytes_per_device
+        """Bytes of the KV cache on each device; of one in host memory, those of its windows on the device."""
+        if self.tiers is None or self.tiers.kv_rows is None:
+            return self.num_blocks * self.block_bytes_per_device
+        return paging.KV_WINDOWS * paging.window_blocks(self) * self.block_bytes_per_device // self.spec.num_layers
+
+    @property
+    def longest_blocks(self) -> int:
+        """KV blocks of the longest sequence."""
+        return blocks_for(self.max_model_len)
+
+    @property
+    def slot_blocks(self) -> int | None:
+        """KV blocks that each slot has of its own; None where any block may be anybody's."""
+        return None if self.tiers is None or self.tiers.kv_rows is None else self.longest_blocks
 
     @property
     def workspace_bytes_per_device(self) -> int:
@@ -166,7 +178,7 @@ class Plan:
         widened = 2 * groups * BLOCK_SIZE * spec.head_dim * size
         read = self.micro_blocks
         if self.tiers is not None and self.hardware.platform == "cpu":  # there, decode gathers what it reads
-            read = max(read, self.slots * blocks_for(self.max_model_len))
+            read = max(read, self.slots * self.longest_blocks)
         gathered = read * (self.block_bytes_per_device // spec.num_layers + widened)
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
         # Hidden states of a pass wait between the layers, and are put together at the end.
@@ -228,7 +240,7 @@ class Plan:
             None where a rate is not known.
         """
         bandwidth = self.hardware.bandwidth
-        return paging.at_least(self, bandwidth and 1e3 * self.step_bytes(batch, context) / bandwidth)
+        return paging.at_least(self, bandwidth and 1e3 * self.step_bytes(batch, context) / bandwidth, batch)
 
     def prefill_flops(self, batch: int, tokens: int) -> float:
         """Floating-point operations of a device in the prefill of prompts, a multiply-add counted as two.
@@ -303,6 +315,7 @@ def make_plan(
     offload: str | None = None,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
+    kv_offload: str | None = None,
     on_disk: bool = True,
     must_fit: bool = True,
 ) -> Plan:
@@ -321,7 +334,7 @@ def make_plan(
         rules: logical axis -> mesh axis.
         quantize: how the weights of attention and MLP are: ``int8``, ``int4``, ``fp8`` or None.
         kv_dtype: of cached keys and values: ``auto``, ``int8`` or ``fp8``; see :class:`Plan`.
-        offload, device_memory, host_memory: as in :func:`jaxinfer.init_inference`.
+        offload, device_memory, host_memory, kv_offload: as in :func:`jaxinfer.init_inference`.
         on_disk: whether the checkpoint is a store, from which layers can be read at every step.
         must_fit: otherwise, what does not fit is planned all the same, with a cache for one sequence of full length.
 
@@ -349,7 +362,7 @@ def make_plan(
         raise ConfigError(f"max_model_len: the model's context is {spec.context_length} tokens, got {max_model_len}")
     device_memory = parse_bytes("device_memory", device_memory)
     host_memory = parse_bytes("host_memory", host_memory)
-    paging.check_offload(offload, device_memory, host_memory)
+    paging.check_offload(offload, device_memory, host_memory, kv_offload, kv_blocks)
     layout = Layout.of(spec, mesh.get("tensor", 1))
     shards = mesh.get("data", 1)
     longest = max_model_len or spec.context_length
@@ -372,19 +385,21 @@ def make_plan(
 
     def paged() -> Plan:
         wanted = slots * blocks_for(longest) + 1 if kv_blocks is None else kv_blocks + 1
-        if kv_blocks is None and hardware.kind == "cpu":
+        if kv_blocks is None and hardware.kind == "cpu" and kv_offload is None:
             wanted = max(2, min(wanted, CPU_CACHE_BYTES // build(2).block_bytes_per_device))
         cap = device_memory or (None if hardware.memory is None else int(hardware.memory * USABLE))
         first = paging.unassigned(build(2), str(offload), cap, host_memory)
-        given = kv_blocks is not None
-        return paging.assign(build, first, wanted=wanted, given=given, on_disk=on_disk, must_fit=must_fit)
+        return paging.assign(
+            build, first, wanted=wanted, given=kv_blocks is not None, on_disk=on_disk, must_fit=must_fit,
+            kv_offload=kv_offload,
+        )  # fmt: skip
 
     if offload in ("host", "disk"):
         return paged()
     if offload == "auto":
         common = blocks_for(min(longest, table.BOUND_CONTEXT))
         whole = build(slots * common + 1 if kv_blocks is None else kv_blocks + 1)
-        if whole.fits is False:
+        if whole.fits is False or kv_offload == "host":
             return paged()
 
     if kv_blocks is not None:
@@ -446,6 +461,7 @@ def plan(
     offload: str | None = None,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
+    kv_offload: str | None = None,
 ) -> Plan:
     """Say where every byte of a model would live and what that bounds, without loading it.
 
@@ -457,7 +473,7 @@ def plan(
         device: a device that need not be here, by name (``"H200"``; :data:`jaxinfer.hardware.KNOWN` lists them) or
             described. Then no device is touched, the mesh may ask for any number of them, and None asks for one.
         max_batch, max_model_len, kv_blocks, decode_chunk, prefill_chunk, prefill_tokens, rules, quantize, load_format,
-            kv_dtype, offload, device_memory: as in :func:`jaxinfer.init_inference`.
+            kv_dtype, offload, device_memory, kv_offload: as in :func:`jaxinfer.init_inference`.
         host_memory: likewise; with a device that is not here, without limit where None.
 
     Raises:
@@ -476,7 +492,7 @@ def plan(
             pretrained.spec, sizes, dtype or pretrained.dtype, of, max_batch=max_batch, max_model_len=max_model_len,
             kv_blocks=kv_blocks, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk,
             prefill_tokens=prefill_tokens, rules=rules, quantize=pretrained.quantized(quantize), kv_dtype=kv_dtype,
-            offload=offload, device_memory=device_memory, host_memory=host_memory,
+            offload=offload, device_memory=device_memory, host_memory=host_memory, kv_offload=kv_offload,
             on_disk=isinstance(pretrained.checkpoint, Store), must_fit=False,
         )  # fmt: skip
         pretrained.check(found.layout)

@@ -8,6 +8,7 @@ Compiling happens in a process of its own::
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "int8": {"quantize": "int8", "kv_dtype": "int8"},
     "int4": {"quantize": "int4"},
+    "cache in host memory": {"kv_offload": "host"},
+    "int8 cache in host memory": {"kv_offload": "host", "quantize": "int8", "kv_dtype": "int8"},
 }
 TOKENS = 64
 
@@ -80,7 +83,7 @@ def build(name: str) -> Compiled:
     packings = layer_packings(plan.parameters, spec.num_layers, plan.rules, plan.mesh)
 
     class Nowhere:
-        """A pager of which only the layout is asked."""
+        """A pager of which only the layout is asked, or a cache of which only that it is there."""
 
         def __init__(self) -> None:
             self.packings = packings
@@ -92,8 +95,11 @@ def build(name: str) -> Compiled:
         """Compiles for devices that are not here."""
 
         def _allocate(self) -> Any:
+            blocks = plan.num_blocks
+            if plan.tiers.kv_rows is not None:
+                self.kv, blocks = Nowhere(), plan.tiers.kv_rows * plan.longest_blocks  # type: ignore[assignment]
             cache = tuple(
-                jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
+                jax.ShapeDtypeStruct((blocks, *shape[1:]), dtype, sharding=self._sharding(spec))
                 for (shape, dtype), spec in zip(plan.cache_arrays, self._cache_specs, strict=True)
             )
             return [cache] * plan.spec.num_layers, jax.ShapeDtypeStruct((self.batch,), jnp.int32)
@@ -112,7 +118,7 @@ def build(name: str) -> Compiled:
         hidden = shaped((4, tokens, spec.hidden), jnp.bfloat16, rows)
         numbers = shaped((4, tokens), jnp.int32, rows)
         batch = Batch(numbers, numbers, shaped((4, 8), jnp.int32, rows))
-        steps.append(executor._layer(0, ("layer", tokens), segments, hidden, batch, name))
+        steps.append(executor._layer(0, ("layer", tokens), segments, executor.caches[0], hidden, batch, name))
     calls = re.findall(r'custom_call_target="mosaic_gpu.*?op_name="[^"]*?(\w+)/\w+"', steps[0].as_text())
     memory = [step.memory_analysis() for step in steps]
     return Compiled(
@@ -120,7 +126,7 @@ def build(name: str) -> Compiled:
         (memory[0].alias_size_in_bytes, memory[1].alias_size_in_bytes),
         (memory[0].temp_size_in_bytes, memory[1].temp_size_in_bytes),
         packings[0].moved_bytes,
-        plan.cache_bytes_per_device // spec.num_layers,
+        sum(math.prod(array.shape) * array.dtype.itemsize for array in executor.caches[0]),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import jaxinfer
 from jaxinfer import SamplingParams
+from jaxinfer.paging import tiers
 from tests.cases import case
 from tests.oracle import checkpoint, prompts, rms, shared_root
 
@@ -56,6 +57,18 @@ def test_bfloat16_is_as_near_to_float32_as_the_resident_engine(name, quantize, r
         truth, near = exact.logits(asked), rough.logits(asked)
     with engine(folder, "bfloat16", quantize=quantize, offload="host") as paged:
         assert rms(paged.logits(asked), truth) <= 1.25 * rms(near, truth)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_cache_in_host_memory_gives_the_tokens_of_the_resident_engine(name, kv_dtype, root, monkeypatch):
+    monkeypatch.setattr(tiers, "KV_WINDOW_BYTES", 1)  # a sequence at a time: as many windows as there can be
+    folder, asked = checkpoint(case(name), root), prompts(case(name))
+    with engine(folder, "float32", kv_dtype=kv_dtype) as resident:
+        expected = said(resident, asked)
+    with engine(folder, "float32", kv_dtype=kv_dtype, offload="host", kv_offload="host", prefill_chunk=48) as paged:
+        for _ in range(3):
+            assert said(paged, asked) == expected
 
 
 @pytest.mark.parametrize("quantize", [None, "int4"])

@@ -128,6 +128,7 @@ class Runner:
             prefill_tokens=plan.prefill_tokens,
             prefill_blocks=plan.prefill_blocks,
             packing=packing_of(plan),
+            slot_blocks=plan.slot_blocks,
         )
         self.counters = Counters()
         self._pending: deque[_Pending] = deque()
@@ -222,7 +223,7 @@ class Runner:
         size = per_shard * plan.shards
         slots = np.full(size, plan.slots, np.int32)
         positions, steps, number = (np.zeros(size, np.int32) for _ in range(3))
-        blocks = _bucket_width(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
+        blocks = bucket_width(max(len(row.sequence.blocks) for rows in step.rows for row in rows))
         tables = np.full((size, blocks), NULL_BLOCK, np.int32)
         long = np.zeros(size, bool)
         placed: list[tuple[int, Any]] = []
@@ -447,7 +448,7 @@ def _history(size: int, placed: Sequence[tuple[int, Any]]) -> np.ndarray:
     return history
 
 
-def _bucket_width(count: int) -> int:
+def bucket_width(count: int) -> int:
     """Table widths that decode is compiled for: quarter octaves, so at most a quarter of what is read is padding."""
     if count <= 4:
         return count

@@ -177,6 +177,8 @@ class Scheduler:
         prefill_tokens: most tokens of one shard in a prefill step of several rows, counted as they are padded.
         prefill_blocks: most blocks that such a step reads on one shard, counted likewise.
         packing: how prompts of unequal length are packed, or None where every chunk is a row of its own.
+        slot_blocks: where given, every slot has this many blocks of its own, in order, from block 1 on: those of slot
+            ``s`` begin at ``1 + s * slot_blocks``. None: any block may be anybody's.
     """
 
     def __init__(
@@ -190,11 +192,13 @@ class Scheduler:
         prefill_tokens: int,
         prefill_blocks: int,
         packing: Packing | None = None,
+        slot_blocks: int | None = None,
     ) -> None:
         """Start empty."""
         self.packing = packing
         self.shards, self.slots, self.decode_chunk = shards, slots, decode_chunk
         self.prefill_chunk, self.prefill_tokens, self.prefill_blocks = prefill_chunk, prefill_tokens, prefill_blocks
+        self.slot_blocks = slot_blocks
         self.allocators = [BlockAllocator(num_blocks) for _ in range(shards)]
         self._waiting: list[Sequence] = []
         self._running: list[dict[int, Sequence]] = [{} for _ in range(shards)]
@@ -222,7 +226,7 @@ class Scheduler:
         Raises:
             CapacityError: it could never fit, even alone.
         """
-        need, have = blocks_for(sequence.most_tokens), self.allocators[0].capacity
+        need, have = blocks_for(sequence.most_tokens), self.slot_blocks or self.allocators[0].capacity
         if need > have:
             raise CapacityError(
                 f"a prompt of {len(sequence.prompt)} tokens with max_tokens={sequence.max_tokens} needs {need} KV "
@@ -381,7 +385,7 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is sequence:
                 return
-        sequence.blocks += allocator.allocate(max(missing, 0))
+        sequence.blocks += self._blocks(sequence, max(missing, 0))
 
     def _admit(self) -> None:
         """Give slots and blocks to waiting sequences, in order; the first that finds no room holds back the rest."""
@@ -391,13 +395,14 @@ class Scheduler:
             # Room for a first decode step as well, or it would be admitted only to be preempted.
             need = blocks_for(min(target + self.decode_chunk, sequence.most_tokens))
             open_shards = [s for s in range(self.shards) if len(self._running[s]) < self.slots]
-            shard = max(open_shards, key=lambda s: (self.allocators[s].free, -s), default=None)
+            # Where slots have blocks of their own, none is ever taken: the emptiest shard then.
+            shard = max(open_shards, key=lambda s: (self.allocators[s].free, -len(self._running[s]), -s), default=None)
             if shard is None or self.allocators[shard].free < need:
                 return
             self._waiting.pop(0)
             sequence.shard = shard
             sequence.slot = min(set(range(self.slots)) - self._running[shard].keys())
-            sequence.blocks = self.allocators[shard].allocate(need)
+            sequence.blocks = self._blocks(sequence, need)
             sequence.computed, sequence.target = 0, target
             sequence.dispatched = len(sequence.output)
             sequence.status = Status.RUNNING
@@ -411,6 +416,14 @@ class Scheduler:
                 sequence.status = Status.LEAVING
                 self._leaving.add(sequence)
 
+    def _blocks(self, sequence: Sequence, count: int) -> list[int]:
+        """The next blocks of a sequence that has a slot."""
+        assert sequence.shard is not None and sequence.slot is not None
+        if self.slot_blocks is None:
+            return self.allocators[sequence.shard].allocate(count)
+        start = 1 + sequence.slot * self.slot_blocks + len(sequence.blocks)
+        return list(range(start, start + count))
+
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.status = Status.WAITING
@@ -419,7 +432,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.shard is not None and sequence.slot is not None
-        self.allocators[sequence.shard].release(sequence.blocks)
+        if self.slot_blocks is None:
+            self.allocators[sequence.shard].release(sequence.blocks)
         del self._running[sequence.shard][sequence.slot]
         sequence.blocks, sequence.slot, sequence.shard = [], None, None
         sequence.computed = sequence.target = 0

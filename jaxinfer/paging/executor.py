@@ -7,8 +7,10 @@ of a pass before the next one (zig-zag), so that a transfer is paid once for all
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.executor import (
+    Array,
     DecodeInputs,
     Drawn,
     Executor,
@@ -29,9 +32,12 @@ from jaxinfer.executor import (
     _seated,
     _shapes,
 )
+from jaxinfer.generation.kv_cache import NULL_BLOCK
+from jaxinfer.generation.runner import bucket_width
 from jaxinfer.generation.sampling import PenaltyState, SamplerFeatures
 from jaxinfer.models.attention import Batch, LayerCache
 from jaxinfer.models.decoder import Decoder
+from jaxinfer.paging.host_cache import Advance, Chunks, HostCache, newest, window_tables
 from jaxinfer.paging.pager import Pager
 from jaxinfer.paging.tiers import ROOMY_SLOTS
 from jaxinfer.plan import Plan
@@ -39,6 +45,22 @@ from pallas_kernels import Device
 
 Piece = tuple[jax.Array, Batch]
 """Hidden states on their way through the layers, and the batch they belong to."""
+
+
+@dataclass(frozen=True)
+class _SlotGroup:
+    """Slots of a decode step whose cache travels together; ``tables`` are on the devices."""
+
+    group: int
+    width: int
+    positions: np.ndarray
+    steps: np.ndarray
+    tables: Any
+
+    def at(self, index: int) -> Advance | None:
+        """The ``index``-th token of the step; None where no sequence has one."""
+        positions = np.where(index < self.steps, self.positions + index, -1)
+        return Advance(self.group, self.width, positions) if (positions >= 0).any() else None
 
 
 class PagedExecutor(Executor):
@@ -51,6 +73,7 @@ class PagedExecutor(Executor):
 
     Attributes:
         passes: how often all layers were run.
+        kv: the KV cache where it lives in host memory; ``caches`` is empty then.
     """
 
     def __init__(
@@ -64,6 +87,8 @@ class PagedExecutor(Executor):
         """Allocate the caches."""
         assert plan.tiers is not None
         self.pager, self.tiers, self.passes = pager, plan.tiers, 0
+        self.kv: HostCache | None = None
+        self._windows: dict[tuple[int, ...], Any] = {}
         try:
             super().__init__(plan, mesh, leaves, on_compile)
         except BaseException:
@@ -78,9 +103,14 @@ class PagedExecutor(Executor):
         """
         if self.trace is not None:
             self.trace.append(("prefill", functools.partial(self.prefill, inputs, features, wish)))
+        assert inputs.pieces is None, "prompts of a paged plan are not packed: see packing_of"
         rows, tokens = inputs.tokens.shape
         groups, columns = self._split(rows // self.plan.shards, tokens, inputs.tables.shape[1])
         parts = [self._part(inputs, group, groups) for group in range(groups)]
+        if self.kv is not None:
+            visits = [Chunks.of(part.tables, part.positions, self.plan.longest_blocks) for part in parts]
+            self.kv.begin(visits)
+            parts = [dataclasses.replace(part, tables=self._window(part.tables.shape)) for part in parts]
         what = f"prefill of {rows // groups} x {tokens} tokens, context {inputs.tables.shape[1] * 64}"
         pieces = [self._embed(part, columns, what) for part in parts]
         pieces = self._through_layers(pieces, what)
@@ -116,29 +146,52 @@ class PagedExecutor(Executor):
         most = max(1, min(int(np.max(inputs.steps)), self.plan.decode_chunk))
         placed = jax.device_put(inputs, jax.tree.map(lambda _: self._sharding(self._rows), inputs))
         what = f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}"
-        drawn = [self._decode_one(placed, np.int32(index), features, what) for index in range(most)]
+        groups = None if self.kv is None else self._slot_groups(inputs)
+        drawn = [self._decode_one(placed, np.int32(index), features, what, groups) for index in range(most)]
         return _fetching(_stacked(drawn))
 
     def device_bytes(self) -> int:
         """Bytes of parameters and caches on all devices, now."""
         held = jax.tree.leaves((self._leaves, self.caches, self.last, self._penalties))
-        return self.pager.device_bytes() + sum(s.data.nbytes for leaf in held for s in leaf.addressable_shards)
+        windows = 0 if self.kv is None else self.kv.device_bytes()
+        return (
+            windows + self.pager.device_bytes() + sum(s.data.nbytes for leaf in held for s in leaf.addressable_shards)
+        )
 
     def free(self) -> None:
         """Wait for what is running, and give all memory back, that of the host as well."""
         with contextlib.suppress(RuntimeError):
-            jax.block_until_ready(self.caches)
+            jax.block_until_ready((self.caches, self.last))
+        if self.kv is not None:
+            self.kv.close()
         self.pager.close()
         super().free()
 
-    def _decode_one(self, inputs: DecodeInputs, index: np.int32, features: SamplerFeatures, what: str) -> Drawn:
+    def _decode_one(
+        self,
+        inputs: DecodeInputs,
+        index: np.int32,
+        features: SamplerFeatures,
+        what: str,
+        groups: list[_SlotGroup] | None = None,
+    ) -> Drawn:
         rows = self._rows
         arguments: tuple[Any, ...] = (self._leaves, self.last, inputs, index)
         embed = self._once(
             ("decode begin", _shapes(inputs)), f"embedding of {what}", self._decode_head, arguments,
             (self._leaf_specs, rows, rows, PartitionSpec()), rows, (),
         )  # fmt: skip
-        [[(hidden, _)]] = self._through_layers([[embed(*arguments)]], what)
+        pieces: list[Piece] = embed(*arguments)
+        if self.kv is None or groups is None:
+            self._through_layers([pieces], what)
+        else:
+            # Groups of which no sequence is advanced are left as they are, and so is what is drawn of them.
+            visits = {i: visit for i, group in enumerate(groups) if (visit := group.at(int(index))) is not None}
+            self.kv.begin(list(visits.values()))
+            own = [[(pieces[i][0], dataclasses.replace(pieces[i][1], tables=groups[i].tables))] for i in visits]
+            for i, [piece] in zip(visits, self._through_layers(own, what), strict=True):
+                pieces[i] = piece
+        hidden = [piece for piece, _ in pieces]
         penalties = self._penalty_state() if features.penalties else None
         arguments = (self._leaves, hidden, self.last, penalties, inputs, index)
         end = self._once(
@@ -173,6 +226,8 @@ class PagedExecutor(Executor):
     def _through_layers(self, groups: list[list[Piece]], what: str) -> list[list[Piece]]:
         """Run all layers over all pieces, layer by layer."""
         shapes = [[_shapes(piece) for piece in group] for group in groups]
+        if self.kv is not None and not groups:
+            return groups
         with self._starting_over():
             for layer in range(self.plan.spec.num_layers):
                 # In a function of its own: a layer's arrays must not outlive their turn in a local variable.
@@ -182,14 +237,23 @@ class PagedExecutor(Executor):
 
     def _through_layer(self, layer: int, groups: list[list[Piece]], shapes: list[list[Any]], what: str) -> None:
         """Run a layer over all pieces, which are replaced by what comes out."""
+        if self.kv is not None:
+            self.kv.ahead(layer, 0)  # or it would come after the next layer
         segments, kind, mark = self.pager.take(layer), self._kinds[layer], None
-        for group, keys in zip(groups, shapes, strict=True):
+        for number, (group, keys) in enumerate(zip(groups, shapes, strict=True)):
+            cache = self.caches[layer] if self.kv is None else self.kv.take(layer, number)
+            new: LayerCache = ()
             for i, ((hidden, batch), key) in enumerate(zip(group, keys, strict=True)):
                 step = self._compiled.get(("layer", kind, key))
                 if step is None:
-                    step = self._layer(layer, ("layer", kind, key), segments, hidden, batch, what)
-                hidden, self.caches[layer], mark = step(segments, self.caches[layer], hidden, batch)
+                    step = self._layer(layer, ("layer", kind, key), segments, cache, hidden, batch, what)
+                hidden, cache, mark, new = step(segments, cache, hidden, batch)
                 group[i] = hidden, batch
+            assert mark is not None
+            if self.kv is None:
+                self.caches[layer] = cache
+            else:
+                self.kv.done(layer, number, cache, new, mark)
         assert mark is not None
         self.pager.done(layer, mark)
 
@@ -200,6 +264,8 @@ class PagedExecutor(Executor):
             yield
         except BaseException:
             self.pager.reset()
+            if self.kv is not None:
+                self.kv.reset()
             raise
 
     def _compile(
@@ -219,26 +285,40 @@ class PagedExecutor(Executor):
         return super()._compile(key, description, body, arguments, in_specs, out_specs, donated, options)
 
     def _layer(
-        self, layer: int, key: Any, segments: list[jax.Array], hidden: jax.Array, batch: Batch, what: str
+        self,
+        layer: int,
+        key: Any,
+        segments: list[jax.Array],
+        cache: LayerCache,
+        hidden: jax.Array,
+        batch: Batch,
+        what: str,
     ) -> Any:
         """Compile the function of a layer, and of all of its kind."""
         packing = self.pager.packings[layer]
         graphdef, treedef = self._layers[layer]
+        one_token = self.kv is not None and hidden.shape[1] == 1
 
         def body(
             segments: list[jax.Array], cache: LayerCache, hidden: jax.Array, batch: Batch
-        ) -> tuple[jax.Array, LayerCache | None, jax.Array]:
+        ) -> tuple[jax.Array, LayerCache | None, jax.Array, LayerCache]:
             module = nnx.merge(graphdef, jax.tree.unflatten(treedef, packing.unpack(segments)))
             hidden, written = module(hidden, batch, cache)
+            new: LayerCache = ()
+            if one_token:
+                assert written is not None and batch.tables is not None
+                new = newest(written, batch.tables, batch.positions)
             # Ready when the layer is; hidden states and cache are given away to the next call.
-            return hidden, written, hidden[0, 0, 0]
+            return hidden, written, hidden[0, 0, 0], new
 
-        cache = self.caches[layer]
+        new_specs = tuple(
+            self.plan.rules.spec(("batch", None, "kv_heads", "head_dim")[: leaf.ndim]) for leaf in cache if one_token
+        )
         cache_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, cache)
         specs = [segment.spec for segment in packing.segments]
         return self._compile(
             key, f"a layer of {what}", body, (segments, cache, hidden, batch),
-            (specs, cache_specs, self._rows, self._rows), (self._rows, cache_specs, PartitionSpec()), (1, 2),
+            (specs, cache_specs, self._rows, self._rows), (self._rows, cache_specs, PartitionSpec(), new_specs), (1, 2),
             self._options(batch.tokens.size // self.plan.shards),
         )  # fmt: skip
 
@@ -268,15 +348,26 @@ class PagedExecutor(Executor):
         whole = jnp.concatenate(hidden, axis=1)
         return self._prefill_end(self._model(leaves), whole, last, penalties, inputs, features, wish)
 
-    def _decode_head(self, leaves: list[jax.Array], last: jax.Array, inputs: DecodeInputs, index: jax.Array) -> Piece:
+    def _decode_head(
+        self, leaves: list[jax.Array], last: jax.Array, inputs: DecodeInputs, index: jax.Array
+    ) -> list[Piece]:
+        """The sequences of the step; or, where the cache is in host memory, all slots, group by group."""
         batch = self._decode_batch(_seated(last, inputs.slots), inputs, index)
         hidden, _ = self._model(leaves).hidden_states(batch, [])
-        return hidden, batch
+        if self.tiers.kv_rows is None:
+            return [(hidden, batch)]
+        count, pieces = len(inputs.slots), []
+        row_of = jnp.full(self.plan.slots, count).at[inputs.slots].set(jnp.arange(count), mode="drop")
+        for rows in jnp.split(row_of, self.plan.slots // self.tiers.kv_rows):
+            own: Batch = _seated(batch, rows)
+            own = dataclasses.replace(own, positions=jnp.where(rows[:, None] < count, own.positions, -1))
+            pieces.append((_seated(hidden, rows), own))
+        return pieces
 
     def _decode_tail(
         self,
         leaves: list[jax.Array],
-        hidden: jax.Array,
+        hidden: list[jax.Array],
         last: jax.Array,
         penalties: PenaltyState | None,
         inputs: DecodeInputs,
@@ -284,10 +375,49 @@ class PagedExecutor(Executor):
         *,
         features: SamplerFeatures,
     ) -> tuple[jax.Array, PenaltyState | None, Drawn]:
+        whole = hidden[0] if self.tiers.kv_rows is None else _seated(jnp.concatenate(hidden), inputs.slots)
         own = _seated(last, inputs.slots), _seated(penalties, inputs.slots)
-        token, counted, drawn = self._decode_end(self._model(leaves), hidden, *own, inputs, index, features)
+        token, counted, drawn = self._decode_end(self._model(leaves), whole, *own, inputs, index, features)
         last, penalties = _kept(last, inputs.slots, token), _kept(penalties, inputs.slots, counted)
         return last, penalties, drawn
+
+    def _empty_caches(self) -> list[LayerCache]:
+        """Caches on the devices, or in host memory."""
+        if self.tiers.kv_rows is None:
+            return super()._empty_caches()
+        self.kv = HostCache(self.plan, self.mesh, self.pager.link)
+        return []
+
+    def _window(self, shape: tuple[int, ...]) -> Any:
+        """Block tables of windows, for tables of a shape; on the devices."""
+        if shape not in self._windows:
+            tables = window_tables(shape[0] // self.plan.shards, self.plan.shards, shape[1])
+            self._windows[shape] = jax.device_put(tables, self._sharding(self._rows))
+        return self._windows[shape]
+
+    def _slot_groups(self, inputs: DecodeInputs) -> list[_SlotGroup]:
+        """The slots of a decode step in the groups whose cache travels together."""
+        rows, shards, count = self.tiers.kv_rows, self.plan.shards, len(inputs.slots)
+        assert rows is not None
+        (taken,) = np.nonzero(np.asarray(inputs.slots) < self.plan.slots)
+        places = taken // (count // shards), np.asarray(inputs.slots)[taken]
+
+        def by_slot(values: Array) -> np.ndarray:
+            found = np.zeros((shards, self.plan.slots), np.int32)
+            found[places] = np.asarray(values)[taken]
+            return found
+
+        used = by_slot((np.asarray(inputs.tables) != NULL_BLOCK).sum(axis=1))
+        positions, steps = by_slot(inputs.positions), by_slot(inputs.steps)
+        found = []
+        for group in range(self.plan.slots // rows):
+            own = slice(group * rows, (group + 1) * rows)
+            # What is not advanced needs not travel.
+            longest = int(np.max(used[:, own], where=steps[:, own] > 0, initial=0))
+            width = min(bucket_width(max(1, longest)), self.plan.longest_blocks)
+            tables = self._window((shards * rows, width))
+            found.append(_SlotGroup(group, width, positions[:, own].ravel(), steps[:, own].ravel(), tables))
+        return found
 
     def _decoder(self) -> Decoder:
         """The model without its layers, which are kept apart."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,13 +59,16 @@ class Link:
     Args:
         mesh: the devices.
         timeline: where transfers are noted.
+
+    Attributes:
+        copies: whether what is sent has to be copied first, as for a CPU.
     """
 
     def __init__(self, mesh: Mesh, timeline: Timeline) -> None:
         self.mesh, self.timeline = mesh, timeline
         # Parts of a layer differ along ``tensor``, the last axis of a mesh, only.
         self._devices = [(device, i % mesh.shape["tensor"]) for i, device in enumerate(mesh.devices.flat)]
-        self._copies = self._devices[0][0].platform == "cpu"
+        self.copies = self._devices[0][0].platform == "cpu"
         # Of buffers that stay: views and placements cost as much time as handing them over.
         self._known: dict[tuple[int, int], tuple[np.ndarray, list[np.ndarray]]] = {}
         self._shardings: dict[int, tuple[Packing, list[NamedSharding]]] = {}
@@ -83,22 +87,55 @@ class Link:
             buffers: for each part along ``tensor`` its bytes, which must stay as they are until the layer has landed.
             landed: called, in another thread, when it has.
         """
-        ticket = Ticket(layer, packing.moved_bytes * len(self._devices))
+
+        def put() -> tuple[list[jax.Array], Any]:
+            if self.copies:
+                arrays = self._put(packing, [packing.arrays(copy(buffer)) for buffer in buffers])
+            else:
+                arrays = self._put(packing, [self._views(packing, buffer) for buffer in buffers])
+            return arrays, arrays
+
+        return self.carry(layer, packing.moved_bytes * len(self._devices), put, landed)
+
+    def carry(
+        self,
+        layer: int,
+        nbytes: int,
+        put: Callable[[], tuple[list[jax.Array], Any]],
+        landed: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Start a transfer that belongs to a layer.
+
+        Args:
+            layer: its number.
+            nbytes: what is moved to all devices together.
+            put: hands it to the devices; where :attr:`copies` is true it has to copy what it hands over. It returns
+                the arrays, and those that are ready when all have landed: the same ones, unless they are given away
+                to a computation before that.
+            landed: as of :meth:`send`.
+        """
+        ticket = Ticket(layer, nbytes)
         issued = time.perf_counter()
-        if not self._copies:
-            ticket._arrays = self._put(packing, [self._views(packing, buffer) for buffer in buffers])
+        signal: Any = None
+        if not self.copies:
+            ticket._arrays, signal = put()
             ticket._issued.set()
 
         def finish() -> None:
+            nonlocal signal
             start = max(issued, getattr(self, "_free_at", 0.0))
             try:
-                if self._copies:
+                if self.copies:
                     start = time.perf_counter()
-                    ticket._arrays = self._put(packing, [packing.arrays(_copy(buffer)) for buffer in buffers])
-                    ticket._issued.set()
-                jax.block_until_ready(ticket._arrays)
+                    arrays, signal = put()
+                    jax.block_until_ready(signal)
+                    ticket._arrays = arrays
+                    del arrays
+                else:
+                    jax.block_until_ready(signal)
             except BaseException as error:
                 ticket._error = error
+            signal = None  # it may hold the arrays
             ticket.end = self._free_at = time.perf_counter()
             self.timeline.add(Event("link", layer, start, ticket.end, ticket.nbytes))
             if landed is not None:
@@ -171,7 +208,7 @@ def measure(devices: Sequence[jax.Device], most: int | None = None) -> float:
             start = time.perf_counter()
             before: list[jax.Array] = []
             for _ in range(4):
-                source = _copy(buffer.array) if platform == "cpu" else buffer.array
+                source = copy(buffer.array) if platform == "cpu" else buffer.array
                 moved = [jax.device_put(source, device) for device in devices]
                 jax.block_until_ready(before)
                 before = moved
@@ -182,7 +219,8 @@ def measure(devices: Sequence[jax.Device], most: int | None = None) -> float:
         buffer.close()
 
 
-def _copy(buffer: np.ndarray) -> np.ndarray:
-    copied = aligned(buffer.nbytes)
-    np.copyto(copied, buffer)
-    return copied
+def copy(values: np.ndarray) -> np.ndarray:
+    """A contiguous array in memory of its own, which a CPU's backend adopts as it is."""
+    copied = aligned(values.nbytes)
+    np.copyto(copied, values.reshape(-1).view(np.uint8))
+    return copied.view(values.dtype).reshape(values.shape)

@@ -16,9 +16,10 @@ def report(executor: Executor) -> dict[str, Any] | None:
     Returns:
         None where nothing is paged. Otherwise: ``passes`` over all layers; for ``link`` and ``disk``: ``bytes`` moved,
         ``busy_seconds``, ``bytes_per_second`` while busy, ``measured`` at the start, in bytes per second, and ``share``
-        of it; ``compute_seconds``; ``waited_seconds`` for each of ``link``, ``disk`` and ``compute``; ``device``: bytes
-        of each device that the plan allows, and that are or were used at most; ``timeline``: events as dicts, see
-        :class:`jaxinfer.paging.timeline.Event`.
+        of it; of ``kv_out``, keys and values that went to host memory, ``bytes`` and ``busy_seconds`` (those that come
+        are part of ``link``); ``compute_seconds``; ``waited_seconds`` for each of ``link``, ``disk``, ``compute`` and
+        ``kv_out``; ``device``: bytes of each device that the plan allows, and that are or were used at most;
+        ``timeline``: events as dicts, see :class:`jaxinfer.paging.timeline.Event`.
     """
     if not isinstance(executor, PagedExecutor):
         return None
@@ -38,6 +39,7 @@ def report(executor: Executor) -> dict[str, Any] | None:
         "passes": executor.passes,
         "link": about("link"),
         "disk": about("disk"),
+        "kv_out": {"bytes": timeline.nbytes["kv_out"], "busy_seconds": timeline.busy["kv_out"]},
         "compute_seconds": timeline.busy["compute"],
         "waited_seconds": dict(timeline.waited),
         "device": {"planned_bytes": plan.total_bytes_per_device, "used_bytes": used_bytes(executor)},
@@ -64,7 +66,11 @@ def line(executor: Executor) -> str:
         rate, limit = timeline.rate(kind), _measured(executor, kind)
         if rate is not None:
             shown.append(f"{kind} {rate / 1e9:.3g} GB/s" + ("" if limit is None else f" ({100 * rate / limit:.0f} %)"))
-    waited = ", ".join(f"{kind} {seconds:.2g} s" for kind, seconds in timeline.waited.items())
+    if executor.kv is not None:
+        shown.append(f"KV cache out {timeline.nbytes['kv_out'] / 1e9:.3g} GB")
+    waited = ", ".join(
+        f"{kind} {seconds:.2g} s" for kind, seconds in timeline.waited.items() if kind != "kv_out" or executor.kv
+    )
     return "; ".join([*shown, f"waited {waited}"])
 
 

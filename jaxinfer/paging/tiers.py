@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.models.parameter import ParameterInfo
-from jaxinfer.paging.packing import Packing
+from jaxinfer.paging.packing import PAGE, Packing
 from jaxinfer.sizes import size
+from pallas_kernels import BLOCK_SIZE
 from sharding import ShardingRules
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 Tier = Literal["device", "host", "disk"]
 OFFLOADS = ("host", "disk", "auto")
+KV_OFFLOADS = ("host", "auto")
 DEVICE_SLOTS = 2
 """Paged layers on a device at once: one computes, the next arrives."""
 ROOMY_SLOTS = 3
@@ -30,6 +33,12 @@ RING_SLOTS = 4
 """Host buffers of the disk tier: one travels to the devices, two are being read, one is ready."""
 MICRO_TOKENS = 4096
 """Most prompt tokens that a layer computes at a time; a pass has many times that."""
+KV_WINDOW_BYTES = 256 << 20
+"""Of a layer's keys and values in host memory: what travels at a time, at most."""
+KV_SHARE = 16
+"""A window takes this fraction of a device's memory at most, as far as it has to hold more than one sequence."""
+KV_WINDOWS = 2
+"""Windows on a device at once: one computes, the next arrives, or the one before leaves."""
 PASS_TOKENS = 32768
 """Most prompt tokens of a pass where nobody says: enough to hide a transfer over PCIe 5 at bfloat16, see `Tiers`."""
 
@@ -47,6 +56,9 @@ class Tiers:
         ring: host buffers through which layers come from disk.
         micro_tokens: most prompt tokens that a layer computes at a time.
         disk: bytes per second of the disk, or None where unknown.
+        kv_rows: where the KV cache lives in host memory, the sequences of each data shard whose keys and values of a
+            layer travel together; it divides the plan's slots. None where the cache stays on the devices.
+        kv_bytes: bytes of host memory of that cache, for all devices together.
         device_memory, host_memory: what may be used of each device and of the host; None where nobody said and nobody
             knows.
     """
@@ -59,6 +71,8 @@ class Tiers:
     ring: int = RING_SLOTS
     micro_tokens: int = MICRO_TOKENS
     disk: float | None = None
+    kv_rows: int | None = None
+    kv_bytes: int = 0
     device_memory: int | None = None
     host_memory: int | None = None
 
@@ -85,9 +99,9 @@ class Tiers:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory: layers that live there, and the ring."""
+        """Bytes of host memory: layers that live there, the ring, and the KV cache if it lives there."""
         ring = max((self.buffer_bytes[layer] for layer in self.of("disk")), default=0) * self.ring_slots
-        return ring + sum(self.buffer_bytes[layer] for layer in self.of("host"))
+        return ring + sum(self.buffer_bytes[layer] for layer in self.of("host")) + self.kv_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -105,7 +119,8 @@ class Bounds:
     """What bounds a pass over all layers.
 
     Attributes:
-        link_ms: moving the paged layers to each device, in ms; None where the rate is not known.
+        link_ms: moving the paged layers, and keys and values from host memory, to each device, in ms; None where the
+            rate is not known.
         disk_ms: reading those on disk.
         compute_ms: a decode step of the plan's slots if every layer were there.
         by: the slowest of them: ``link``, ``disk`` or ``compute``; None where a rate is missing.
@@ -149,7 +164,13 @@ def pass_tokens(tiers: Tiers, hidden: int, dtype: str) -> int:
     return max(64, min(PASS_TOKENS, 1 << max(room, 1).bit_length() - 1))
 
 
-def check_offload(offload: str | None, device_memory: int | None, host_memory: int | None) -> None:
+def check_offload(
+    offload: str | None,
+    device_memory: int | None,
+    host_memory: int | None,
+    kv_offload: str | None = None,
+    kv_blocks: int | None = None,
+) -> None:
     """Refuse what is no way to offload.
 
     Raises:
@@ -159,6 +180,12 @@ def check_offload(offload: str | None, device_memory: int | None, host_memory: i
         raise ConfigError(f"offload: expected None or one of {', '.join(OFFLOADS)}, got {offload!r}")
     if offload is None and host_memory is not None:
         raise ConfigError("host_memory: only with offload, which says what goes there")
+    if kv_offload is not None and kv_offload not in KV_OFFLOADS:
+        raise ConfigError(f"kv_offload: expected None or one of {', '.join(KV_OFFLOADS)}, got {kv_offload!r}")
+    if kv_offload is not None and offload is None:
+        raise ConfigError("kv_offload: only with offload, since keys and values travel layer by layer as weights do")
+    if kv_offload is not None and kv_blocks is not None:
+        raise ConfigError("kv_blocks: not with kv_offload, where every sequence has room for max_model_len tokens")
 
 
 def unassigned(plan: Plan, offload: str, device_memory: int | None, host_memory: int | None) -> Tiers:
@@ -181,6 +208,49 @@ def unassigned(plan: Plan, offload: str, device_memory: int | None, host_memory:
     )
 
 
+def window_blocks(plan: Plan) -> int:
+    """KV blocks of the largest window that a device of a plan with its cache in host memory holds."""
+    assert plan.tiers is not None and plan.tiers.kv_rows is not None
+    return max(plan.tiers.kv_rows * plan.longest_blocks, plan.micro_blocks)
+
+
+def kv_array_bytes(plan: Plan, rows: int) -> list[int]:
+    """Bytes of each array of a layer's cache, of one device and one group of slots, padded to whole pages."""
+    own = plan.mesh.get("tensor", 1) * plan.num_blocks * plan.shards
+    sizes = [math.prod(shape) * jnp.dtype(dtype).itemsize // own for shape, dtype in plan.cache_arrays]
+    return [-(-rows * plan.longest_blocks * nbytes // PAGE) * PAGE for nbytes in sizes]
+
+
+def kv_in_host(plan: Plan, first: Tiers) -> Tiers:
+    """Tiers with the KV cache in host memory.
+
+    Args:
+        plan: of all blocks that its slots can use.
+        first: its tiers.
+    """
+    cap = first.device_memory
+    most = KV_WINDOW_BYTES if cap is None else min(KV_WINDOW_BYTES, cap // KV_SHARE)
+    row = plan.longest_blocks * plan.block_bytes_per_device // plan.spec.num_layers
+    # A device's slots in equal groups: each is computed at once, by the same function.
+    rows = max(n for n in range(1, plan.slots + 1) if plan.slots % n == 0 and (n * row <= most or n == 1))
+    parts = plan.shards * plan.mesh.get("tensor", 1)
+    groups = plan.spec.num_layers * (plan.slots // rows)
+    return dataclasses.replace(first, kv_rows=rows, kv_bytes=parts * groups * sum(kv_array_bytes(plan, rows)))
+
+
+def _pays(plan: Plan, first: Tiers, blocks: int) -> bool:
+    """Whether more tokens a second come with the cache in host memory than with one of ``blocks`` on the devices.
+
+    As long as the link bounds a step: a sequence on the devices costs nothing, one in host memory the transfer of its
+    keys and values, but all slots share the transfer of the layers.
+    """
+    here = max(0, blocks - 1) // plan.longest_blocks
+    if here >= plan.slots:
+        return False
+    layers, each = sum(first.layer_bytes), plan.longest_blocks * plan.block_bytes_per_device
+    return plan.slots / (layers + plan.slots * each) > here / layers
+
+
 def assign(
     build: Callable[[int, Tiers], Plan],
     first: Tiers,
@@ -189,6 +259,7 @@ def assign(
     given: bool,
     on_disk: bool,
     must_fit: bool,
+    kv_offload: str | None = None,
 ) -> Plan:
     """Decide where each layer lives, and how many KV blocks there are.
 
@@ -202,6 +273,7 @@ def assign(
         given: whether ``wanted`` is what the caller asked for, not to be reduced.
         on_disk: whether the checkpoint is a store, from which layers can be read.
         must_fit: otherwise what does not fit is planned all the same.
+        kv_offload: ``host`` has the cache in host memory, ``auto`` where that gives more tokens a second.
 
     Raises:
         CapacityError: device or host memory is too small.
@@ -214,7 +286,27 @@ def assign(
         plan = build(2, first)
     fixed = plan.total_bytes_per_device - plan.cache_bytes_per_device
     blocks, resident = wanted, 0
-    if cap is not None:
+    if kv_offload is not None:
+        whole = build(wanted, first)
+        fitting = wanted if cap is None else (cap - fixed) // plan.block_bytes_per_device
+        there = kv_in_host(whole, first)
+        fits = cap is None or build(wanted, there).total_bytes_per_device <= cap
+        if kv_offload == "host" or (fits and _pays(whole, first, fitting)):
+            first = there
+    if cap is not None and first.kv_rows is not None:
+        whole = build(wanted, first)
+        if must_fit and whole.total_bytes_per_device > cap:
+            raise CapacityError(
+                f"device memory: paging needs {size(whole.total_bytes_per_device)} at least ({first.slots} layers of "
+                f"{size(max(first.layer_bytes))}, embedding and head of "
+                f"{size(plan.weight_bytes_per_device - first.device_bytes)}, workspace of "
+                f"{size(plan.workspace_bytes_per_device)}, {KV_WINDOWS} windows of the KV cache of "
+                f"{size(whole.cache_bytes_per_device // KV_WINDOWS)}), got {size(cap)}"
+            )
+        if first.offload == "auto":
+            left = cap - whole.total_bytes_per_device
+            resident = max(0, min(count, left // max(first.layer_bytes)))
+    elif cap is not None:
         blocks = min(wanted, (cap - fixed) // plan.block_bytes_per_device)
         if blocks < (wanted if given else 2):
             if must_fit:
@@ -238,7 +330,7 @@ def assign(
         in_host = 0
     elif first.host_memory is not None:
         in_host = 0
-        room = first.host_memory
+        room = first.host_memory - first.kv_bytes
         while in_host < len(others) and room >= first.buffer_bytes[others[in_host]]:
             room -= first.buffer_bytes[others[in_host]]
             in_host += 1
@@ -248,9 +340,10 @@ def assign(
                 in_host -= 1
                 room += first.buffer_bytes[others[in_host]]
     if in_host < len(others) and first.offload == "host" and must_fit:
-        needed = sum(first.buffer_bytes[i] for i in others)
+        needed = sum(first.buffer_bytes[i] for i in others) + first.kv_bytes
+        what = " and the KV cache" if first.kv_bytes else ""
         raise CapacityError(
-            f"host memory: {len(others)} layers need {size(needed)}, got {size(first.host_memory or 0)}; "
+            f"host memory: {len(others)} layers{what} need {size(needed)}, got {size(first.host_memory or 0)}; "
             "host_memory says how much may be used, and offload='auto' keeps the rest on disk"
         )
     if in_host < len(others) and first.offload != "host" and not on_disk:
@@ -263,20 +356,29 @@ def assign(
     found = build(blocks, dataclasses.replace(first, layers=tuple(layers)))
     assert found.tiers is not None
     if must_fit and first.host_memory is not None and found.tiers.host_bytes > first.host_memory:
+        cache = f"the KV cache of {size(first.kv_bytes)} and " if first.kv_bytes else ""
         raise CapacityError(
-            f"host memory: {found.tiers.ring_slots} buffers, through which layers come from disk, need "
+            f"host memory: {cache}{found.tiers.ring_slots} buffers, through which layers come from disk, need "
             f"{size(found.tiers.host_bytes)}, got {size(first.host_memory)}"
         )
     return found
 
 
-def bounds(plan: Plan) -> Bounds:
-    """What bounds a pass of a plan with tiers."""
+def kv_moved_bytes(plan: Plan, sequences: int, context: int) -> int:
+    """Bytes of keys and values that a decode step moves to each device, of sequences on each data shard."""
+    if plan.tiers is None or plan.tiers.kv_rows is None:
+        return 0
+    return sequences * -(-context // BLOCK_SIZE) * plan.block_bytes_per_device
+
+
+def bounds(plan: Plan, sequences: int | None = None) -> Bounds:
+    """What bounds a pass of a plan with tiers: a decode step of some sequences on each data shard, or of all slots."""
     tiers, hardware = plan.tiers, plan.hardware
     assert tiers is not None
     context = min(512, plan.max_model_len)
     compute = None if hardware.bandwidth is None else 1e3 * plan.step_bytes(plan.slots, context) / hardware.bandwidth
-    link = None if hardware.link is None else 1e3 * tiers.moved_bytes / hardware.link
+    moved = tiers.moved_bytes + kv_moved_bytes(plan, plan.slots if sequences is None else sequences, context)
+    link = None if hardware.link is None else 1e3 * moved / hardware.link
     disk = 0.0 if not tiers.disk_bytes else None if tiers.disk is None else 1e3 * tiers.disk_bytes / tiers.disk
     times = {"link": link, "disk": disk, "compute": compute}
     known = {name: ms for name, ms in times.items() if ms is not None}
@@ -288,11 +390,14 @@ def bounds(plan: Plan) -> Bounds:
     return Bounds(link_ms=link, disk_ms=disk, compute_ms=compute, by=by, hidden_from=tokens)
 
 
-def at_least(plan: Plan, ms: float | None) -> float | None:
-    """A time in ms, or that in which paged layers come, whichever is longer; None where either is not known."""
+def at_least(plan: Plan, ms: float | None, sequences: int = 0) -> float | None:
+    """A time in ms, or that in which layers, and keys and values of sequences, come, whichever is longer.
+
+    None where either is not known.
+    """
     if plan.tiers is None or ms is None:
         return ms
-    fetch = bounds(plan).fetch_ms
+    fetch = bounds(plan, sequences).fetch_ms
     return None if fetch is None else max(ms, fetch)
 
 
@@ -313,6 +418,7 @@ def rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("layers", f"{counts['device']} stay, {counts['host']} in host memory, {counts['disk']} on disk", ""),
         ("slots for paged layers", f"{min(tiers.slots, len(tiers.paged))}", size(max(tiers.layer_bytes)) + " each"),
         ("host", size(tiers.host_bytes), f"{tiers.ring_slots} buffers for disk" if tiers.ring_slots else ""),
+        *_kv_rows(plan),
         ("disk", size(tiers.disk_bytes), "read at every pass" if tiers.disk_bytes else ""),
         ("link, disk", f"{rate(plan.hardware.link)}, {rate(tiers.disk)}", shown and f"a pass: {shown}"),
         ("bound by", found.by or "unknown", "" if found.step_ms is None else f"{found.step_ms:.3g} ms a decode step"),
@@ -322,6 +428,16 @@ def rows(plan: Plan) -> list[tuple[str, str, str]]:
             f"a pass takes {plan.prefill_tokens:,} prompt tokens a shard",
         ),
     ]
+
+
+def _kv_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    tiers = plan.tiers
+    if tiers is None or tiers.kv_rows is None:
+        return []
+    context = min(512, plan.max_model_len)
+    moved = kv_moved_bytes(plan, plan.slots, context)
+    groups = f"{plan.slots // tiers.kv_rows} x {tiers.kv_rows} sequences a shard"
+    return [("KV cache in host memory", size(tiers.kv_bytes), f"{groups}; {size(moved)} a decode step at {context}")]
 
 
 def elsewhere(plan: Plan) -> dict[str, int]:
@@ -347,6 +463,12 @@ def to_dict(plan: Plan) -> dict[str, Any] | None:
         "disk_bytes": tiers.disk_bytes,
         "link_bytes_per_second": plan.hardware.link,
         "disk_bytes_per_second": tiers.disk,
+        "kv": {
+            "tier": "device" if tiers.kv_rows is None else "host",
+            "rows": tiers.kv_rows,
+            "host_bytes": tiers.kv_bytes,
+            "step_bytes": kv_moved_bytes(plan, plan.slots, min(512, plan.max_model_len)),
+        },
         "micro_tokens": tiers.micro_tokens,
         "bounds": dataclasses.asdict(found) | {"step_ms": found.step_ms},
     }

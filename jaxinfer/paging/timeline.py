@@ -7,7 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["disk", "link", "compute"]
+Kind = Literal["disk", "link", "compute", "kv_out"]
+KINDS: tuple[Kind, ...] = ("disk", "link", "compute", "kv_out")
 LENGTH = 16384
 """Events that are kept: the latest."""
 
@@ -17,7 +18,8 @@ class Event:
     """Something that took time, in seconds of ``time.perf_counter``.
 
     Attributes:
-        kind: ``disk`` is a read into host memory, ``link`` a transfer to the devices, ``compute`` a layer.
+        kind: ``disk`` is a read into host memory, ``link`` a transfer to the devices, ``compute`` a layer, ``kv_out``
+            keys and values on their way to host memory.
         layer: which.
         start, end: when.
         nbytes: bytes read, or moved to all devices together.
@@ -49,10 +51,10 @@ class Timeline:
         """Forget everything so far."""
         with self._lock:
             self.events: deque[Event] = deque(maxlen=LENGTH)
-            self.busy: dict[Kind, float] = {"disk": 0.0, "link": 0.0, "compute": 0.0}
-            self.nbytes: dict[Kind, int] = {"disk": 0, "link": 0, "compute": 0}
-            self.waited: dict[Kind, float] = {"disk": 0.0, "link": 0.0, "compute": 0.0}
-            self._until: dict[Kind, float] = {"disk": 0.0, "link": 0.0, "compute": 0.0}
+            self.busy: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+            self.nbytes: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+            self.waited: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+            self._until: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
 
     def add(self, event: Event) -> None:
         """Note something that is done."""

@@ -102,27 +102,21 @@ class Serving(RuleBasedStateMachine):
     @initialize(
         shards=st.integers(1, 3),
         slots=st.integers(1, 4),
-        blocks=st.integers(2, 9),
+        num_blocks=st.integers(2, 9),
         decode_chunk=st.sampled_from([1, 4, 16, 70]),
         prefill_chunk=st.sampled_from([16, 50, 128]),
         prefill_tokens=st.sampled_from([16, 100, 512, 1000]),
         prefill_blocks=st.sampled_from([1, 4, 64]),
         packing=st.sampled_from([None, Packing(), Packing(64), Packing(128)]),
         ahead=st.integers(0, 2),
+        own=st.booleans(),
     )
-    def start(self, shards, slots, blocks, decode_chunk, prefill_chunk, prefill_tokens, prefill_blocks, packing, ahead):
-        self.scheduler = Scheduler(
-            shards=shards,
-            slots=slots,
-            num_blocks=blocks,
-            decode_chunk=decode_chunk,
-            prefill_chunk=prefill_chunk,
-            prefill_tokens=prefill_tokens,
-            prefill_blocks=prefill_blocks,
-            packing=packing,
-        )
-        self.device = Device(self.scheduler, blocks)
-        self.ahead, self.decode_chunk = ahead, decode_chunk
+    def start(self, num_blocks, ahead, own, **sizes):
+        self.slot_blocks = num_blocks - 1 if own else None
+        num_blocks = 1 + sizes["slots"] * (num_blocks - 1) if own else num_blocks
+        self.scheduler = Scheduler(num_blocks=num_blocks, slot_blocks=self.slot_blocks, **sizes)
+        self.device = Device(self.scheduler, num_blocks)
+        self.ahead, self.decode_chunk = ahead, sizes["decode_chunk"]
         self.pending: deque[tuple[PrefillStep | DecodeStep, list[tuple[Text, list[Any]]]]] = deque()
         self.texts: list[Text] = []
         self.aborted: set[Text] = set()
@@ -138,7 +132,7 @@ class Serving(RuleBasedStateMachine):
         name = len(self.texts)
         tokens: list[Any] = [(name, "prompt", i) for i in range(prompt)]
         text = Text(prompt=tokens, max_tokens=max_tokens, name=name, ends_at=ends_at, packable=packable)
-        capacity = self.scheduler.allocators[0].capacity
+        capacity = self.slot_blocks or self.scheduler.allocators[0].capacity
         if blocks_for(prompt + max(max_tokens - 1, 0)) > capacity:
             with pytest.raises(CapacityError, match=f"prompt of {prompt} tokens with max_tokens={max_tokens} needs"):
                 self.scheduler.add(text)
@@ -245,7 +239,13 @@ class Serving(RuleBasedStateMachine):
             running = self.scheduler.running(shard)
             blocks = [block for text in running for block in text.blocks]
             assert len(set(blocks)) == len(blocks), "a block is owned twice"
-            assert allocator.free + len(blocks) == allocator.capacity, "a block is lost"
+            if self.slot_blocks is None:
+                assert allocator.free + len(blocks) == allocator.capacity, "a block is lost"
+            for text in running if self.slot_blocks is not None else []:
+                first = 1 + text.slot * self.slot_blocks
+                assert text.blocks == [*range(first, first + len(text.blocks))]
+                assert len(text.blocks) <= self.slot_blocks, "a block of another slot is written"
+                assert not text.preemptions
             slots = [text.slot for text in running]
             assert len(set(slots)) == len(slots)
             assert all(slot in range(self.scheduler.slots) for slot in slots)
@@ -291,6 +291,37 @@ def scheduler(**changes: int) -> Scheduler:
 
 def text(prompt: int, max_tokens: int = 1) -> Sequence:
     return Sequence(prompt=[5] * prompt, max_tokens=max_tokens)
+
+
+def test_slots_with_blocks_of_their_own_get_them_in_order():
+    plan = scheduler(slots=3, num_blocks=1 + 3 * 4, slot_blocks=4, decode_chunk=64)
+    texts = [text(10, 200), text(100, 100), text(64, 140), text(1, 256)]
+    for one in texts:
+        plan.add(one)
+    while plan.next_prefill() is not None:
+        pass
+    plan.next_decode(outstanding=False)
+    plan.next_decode(outstanding=False)
+    assert [one.slot for one in texts] == [0, 1, 2, None]
+    assert [one.blocks for one in texts] == [[1, 2, 3], [5, 6, 7, 8], [9, 10, 11], []]
+    plan.next_prefill()  # all of the second has been handed out: its place is another's before its results are known
+    assert texts[1].status is Status.LEAVING
+    assert texts[3].slot == 1
+    assert texts[3].blocks[0] == 5
+    plan.finish(texts[1])
+    assert texts[3].slot == 1
+    assert all(one.preemptions == 0 for one in texts)
+    with pytest.raises(CapacityError, match="needs 5 KV blocks, and the cache has 4"):
+        plan.add(text(100, 200))
+
+
+def test_slots_with_blocks_of_their_own_fill_all_shards():
+    plan = scheduler(shards=2, slots=3, num_blocks=1 + 3 * 4, slot_blocks=4)
+    texts = [text(10, 20) for _ in range(4)]
+    for one in texts:
+        plan.add(one)
+    plan.next_prefill()
+    assert [(one.shard, one.slot) for one in texts] == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
 def test_a_long_prompt_is_computed_in_consecutive_chunks_and_the_last_one_draws():

@@ -99,7 +99,7 @@ def test_a_buffer_that_is_forgotten_is_nobodys(mesh, packing, monkeypatch):
     link = Link(mesh, Timeline())
     put = link._put
     # As on an accelerator, where a transfer is issued at once and its views are remembered for the next time.
-    monkeypatch.setattr(link, "_copies", False)
+    monkeypatch.setattr(link, "copies", False)
     monkeypatch.setattr(link, "_put", lambda layout, parts: put(layout, [[a.copy() for a in part] for part in parts]))
     buffers = filled(packing, 1)
     held = [weakref.ref(buffer) for buffer in buffers]

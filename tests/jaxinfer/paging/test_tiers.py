@@ -113,12 +113,90 @@ def test_too_little_memory_is_said_in_numbers(spec):
     [
         ({"offload": "gpu"}, "offload: expected None or one of host, disk, auto, got 'gpu'"),
         ({"offload": None, "host_memory": 5}, "host_memory: only with offload"),
+        ({"kv_offload": "host", "offload": None}, "kv_offload: only with offload"),
+        ({"kv_offload": "disk", "offload": "host"}, "kv_offload: expected None or one of host, auto, got 'disk'"),
+        ({"kv_offload": "auto", "offload": "host", "kv_blocks": 5}, "kv_blocks: not with kv_offload"),
         ({"offload": "host", "device_memory": "lots"}, "device_memory: expected bytes"),
     ],
 )
 def test_wrong_options_are_refused_by_name(spec, options, message):
     with pytest.raises(ConfigError, match=message):
         planned(spec, **options)
+
+
+def test_a_cache_in_host_memory_is_counted_there_and_its_windows_on_the_device(spec):
+    longest = 200  # 4 blocks
+    shape = {"max_model_len": longest, "prefill_tokens": 128}
+    here, there = planned(spec, "host", **shape), planned(spec, "host", kv_offload="host", **shape)
+    tiers = there.tiers
+    assert (here.tiers.kv_rows, here.tiers.kv_bytes, here.slot_blocks) == (None, 0, None)
+    assert tiers.kv_rows == there.slots == 4  # all of them fit into a window
+    assert there.slot_blocks == 4
+    block = here.block_bytes_per_device
+    assert tiers.kv_bytes >= 4 * 4 * block
+    assert tiers.kv_bytes <= 4 * 4 * block + 2 * 4 * 4096 * 4  # whole pages
+    assert tiers.host_bytes == here.tiers.host_bytes + tiers.kv_bytes
+    blocks = max(4 * 4, there.micro_blocks)
+    assert there.cache_bytes_per_device == 2 * blocks * block // spec.num_layers
+    found = bounds(there)
+    assert found.link_ms == pytest.approx(1e3 * (tiers.moved_bytes + 4 * 4 * block) / 5e10)
+    assert there.step_milliseconds(1, 64) == pytest.approx(1e3 * (tiers.moved_bytes + 4 * block) / 5e10)
+    assert bounds(here).link_ms == pytest.approx(1e3 * tiers.moved_bytes / 5e10)
+    text = str(there)
+    assert "KV cache in host memory" in text
+    assert "1 x 4 sequences a shard" in text
+    assert there.to_dict()["paging"]["kv"]["tier"] == "host"
+    assert here.to_dict()["paging"]["kv"]["tier"] == "device"
+
+
+def test_groups_divide_the_slots_and_windows_stay_within_their_share(spec, monkeypatch):
+    for slots in (6, 7, 12):
+        plan = planned_for(spec, slots, kv_offload="host")
+        row = plan.longest_blocks * plan.block_bytes_per_device // spec.num_layers
+        monkeypatch.setattr("jaxinfer.paging.tiers.KV_WINDOW_BYTES", 4 * row)
+        rows = planned_for(spec, slots, kv_offload="host").tiers.kv_rows
+        assert rows == {6: 3, 7: 1, 12: 4}[slots]
+        monkeypatch.undo()
+
+
+def planned_for(spec, slots, **options):
+    return make_plan(spec, {"tensor": 1}, "float32", DEVICE, max_batch=slots, offload="host", **options)
+
+
+def test_auto_moves_the_cache_where_that_gives_more_tokens_a_second(spec):
+    """Of 8 slots, as many as fit on the device share a pass of the layers; all of them share a longer one."""
+    shape = {"max_model_len": 200, "prefill_tokens": 128}
+    whole = planned_for(spec, 8, **shape)
+    each = whole.longest_blocks * whole.block_bytes_per_device
+    layers = sum(whole.tiers.layer_bytes)
+    fixed = whole.total_bytes_per_device - whole.cache_bytes_per_device
+    seen = set()
+    for cap in range(fixed // 8, fixed + 9 * each, each // 2):
+        try:
+            here = planned_for(spec, 8, device_memory=cap, **shape)
+        except CapacityError:
+            continue
+        fitting = (here.num_blocks - 1) // 4
+        found = planned_for(spec, 8, kv_offload="auto", device_memory=cap, **shape)
+        better = fitting < 8 and 8 / (layers + 8 * each) > fitting / layers
+        assert found.tiers.kv_rows is None or better
+        if found.tiers.kv_rows is None and better:
+            windows = 2 * max(4, here.micro_blocks) * here.block_bytes_per_device // spec.num_layers
+            assert here.total_bytes_per_device - here.cache_bytes_per_device + windows > cap
+            continue
+        assert found.fits
+        assert found.total_bytes_per_device <= cap
+        seen.add(better)
+    assert seen == {True, False}
+
+
+def test_a_cache_that_no_memory_holds_is_said_in_numbers(spec):
+    with pytest.raises(CapacityError, match=r"device memory: .* 2 windows of the KV cache of .*got 1\.00 KB"):
+        planned(spec, "host", kv_offload="host", device_memory=1000)
+    with pytest.raises(CapacityError, match="host memory: 4 layers and the KV cache need"):
+        planned(spec, "host", kv_offload="host", host_memory="1KB")
+    with pytest.raises(CapacityError, match=r"host memory: the KV cache of .* and 4 buffers, through which"):
+        planned(spec, "disk", kv_offload="host", host_memory="1KB")
 
 
 def test_the_slowest_link_bounds_a_step(spec):

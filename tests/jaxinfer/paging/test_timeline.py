@@ -23,7 +23,7 @@ def test_waits_add_up_and_everything_can_be_forgotten():
     timeline.add(Event("compute", 1, 0.0, 1.0))
     assert timeline.waited["link"] == 0.75
     timeline.clear()
-    assert timeline.waited == {"disk": 0.0, "link": 0.0, "compute": 0.0}
+    assert timeline.waited == {"disk": 0.0, "link": 0.0, "compute": 0.0, "kv_out": 0.0}
     assert timeline.busy["compute"] == 0.0
     assert not timeline.events
 
