@@ -257,9 +257,15 @@ class Scheduler:
         # The oldest is served at every step, so nobody waits for ever beside prompts that are packed.
         if self.packing is not None and len(waiting) > 1 and share < LITTLE_PADDING and waiting[0].packable:
             found, tokens, filled = self._best_pack(waiting)
-            if found and filled >= share:
+            # Where few blocks may be gathered, rows would be several small steps; no one step is larger than theirs.
+            if found and filled >= share and tokens <= self._padded(found):
                 rows, packed = found, tokens
         return PrefillStep(tuple(tuple(map(self._chunk, each)) for each in rows), packed)
+
+    def _padded(self, rows: Series[Series[Sequence]]) -> int:
+        """Tokens of a shard in a step that pads every one of these to the longest."""
+        count, length = prefill_shape(max(map(len, rows)), max(self._size(each) for own in rows for each in own))
+        return count * length
 
     def _in_rows(self, waiting: Series[Sequence]) -> tuple[list[list[Sequence]], float]:
         """Who fits in a step that pads every row to the longest one, and the share that is not padding."""
