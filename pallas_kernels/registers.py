@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax._src.lib.mlir import ir  # type: ignore[attr-defined]
 from jax._src.lib.mlir.dialects import arith, llvm, scf
 from jax.experimental.mosaic import gpu as mgpu
@@ -20,6 +21,22 @@ from jax.experimental.mosaic.gpu import utils
 
 WARPGROUP = 128
 """Threads of a block."""
+
+
+def publish_to_cluster() -> None:
+    """Make what this warpgroup wrote to its shared memory visible to the other blocks of the cluster.
+
+    To be called before the arrival at a cluster barrier. That arrival is one thread's, and it orders what came before
+    it for its own block only (``mbarrier.arrive`` without a scope, JAX 0.11.2): another block may read the memory
+    before the last stores of the other warps are in it.
+    """
+
+    @plgpu.inline_mgpu()
+    def fence(_: Any) -> None:
+        llvm.inline_asm(None, [], "fence.acq_rel.cluster;", "~{memory}", has_side_effects=True, asm_dialect=0)
+        utils.warpgroup_barrier()
+
+    fence()
 
 
 @dataclass(frozen=True)

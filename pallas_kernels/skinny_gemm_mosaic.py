@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gemm_channels import ACC, TRANSPOSED, Channels, Matrix, tiled, whole_tiles
+from pallas_kernels.registers import publish_to_cluster
 from pallas_kernels.skinny_gemm import QUANTIZED, Activation, InputNorm, Tuning, epilogue, padded_rows, weight_bits
 
 
@@ -381,6 +382,7 @@ def launch(
             return
         for part in range(parts):
             smem[f"part{part}_smem"][...] = values[part]
+        publish_to_cluster()
         plgpu.barrier_arrive(smem["cluster"].at[0])
         plgpu.barrier_wait(smem["cluster"].at[0])
         when_leader(finish_tile)

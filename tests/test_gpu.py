@@ -3,7 +3,8 @@
 bfloat16 has 8 bits of mantissa, so two correct implementations that add in different orders differ by about 1 % of a
 logit's size. The bound therefore is torch's own: measured against torch in float32, our bfloat16 logits may be off by
 at most 1.3 times what torch's bfloat16 logits are off by (root mean square over all positions), and a greedy token may
-only differ from float32's where that finds the two nearer than four times the error of torch.
+only differ from float32's where that finds the two nearer than six times the error of torch, which is 4.2 standard
+deviations of the difference between two logits: of some thousand tokens compared, 3.2 has been seen.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import jaxinfer
-from pallas_kernels import Device
+from pallas_kernels import Device, qkv_gemm
+from pallas_kernels.choices import MAX_LINEAR_ROWS
+from pallas_kernels.qkv_gemm import tuning_for_heads
 from tests.bare import steady
 from tests.cases import CASES, Case, case
 from tests.oracle import checkpoint, prompts, rms, shared_root, torch_logits, torch_model
@@ -50,7 +54,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_torch(chosen, root):
         logits = torch_logits(exact_model, prompt + tokens[:-1])[len(prompt) - 1 :]
         best = logits.max(axis=-1)
         chosen_logits = logits[np.arange(STEPS), tokens]
-        assert np.all(best - chosen_logits <= 4 * allowed), "a token that float32 finds clearly worse"
+        assert np.all(best - chosen_logits <= 6 * allowed), "a token that float32 finds clearly worse"
 
 
 @pytest.mark.parametrize("chosen", CASES[::4], ids=lambda chosen: chosen.name)
@@ -93,7 +97,7 @@ def test_decode_by_the_kernels_is_as_near_to_float32_as_prefill_of_torch(chosen,
         serving = {choice.op: choice.implementation for choice in engine.implementations}
         outputs = [output.outputs[0] for output in engine.generate(asked, sampling)]
     if Device.of(jax.devices()[0]).hopper:
-        assert serving["decode attention"] == serving["products of up to 8 rows"] == "mosaic"
+        assert serving["decode attention"] == serving[f"products of up to {MAX_LINEAR_ROWS} rows"] == "mosaic"
     found = [
         np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs, strict=True)]) for o in outputs
     ]
@@ -110,3 +114,25 @@ def test_decode_by_the_kernels_is_as_near_to_float32_as_prefill_of_torch(chosen,
     error, allowed = rms(found, exact), rms(theirs(torch.bfloat16), exact)
     # 8 bits of a cache are rounded once more, e4m3 to 4 bits of mantissa where bfloat16 has 8.
     assert error <= {"auto": 1.5, "int8": 2.0, "fp8": 8.0}[kv_dtype] * allowed, (error, allowed)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_blocks_of_a_cluster_read_sums_that_are_complete(rows):
+    """Launch after launch with other inputs: each result must be, in bits, that of a launch with nothing around it."""
+    heads, dim, k = 32, 128, 4096
+    assert tuning_for_heads(16, heads * 3, dim, k, parts=2).splits > 1, "no cluster is tried"
+    weight = jax.random.normal(jax.random.key(0), (heads, 3, dim, k), jnp.bfloat16) * k**-0.5
+    cache = (jnp.zeros((rows, heads, 64, dim), jnp.bfloat16),) * 2
+    tables, positions = jnp.arange(rows, dtype=jnp.int32)[:, None], jnp.zeros((rows, 1), jnp.int32)
+    rotary = (jnp.full((rows, 1, dim // 2), 0.8), jnp.full((rows, 1, dim // 2), 0.6))
+
+    @jax.jit
+    def run(x: jax.Array, weight: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(qkv_gemm(x, weight, cache, tables, positions, rotary=rotary))
+
+    inputs = [jax.random.normal(jax.random.key(seed), (rows, 1, k), jnp.bfloat16) for seed in range(8)]
+    alone = [[np.asarray(part) for part in jax.block_until_ready(run(x, weight))] for x in inputs]
+    for _ in range(20):
+        for got, wanted in zip([run(x, weight) for x in inputs], alone, strict=True):
+            for part, want in zip(got, wanted, strict=True):
+                np.testing.assert_array_equal(np.asarray(part).view(np.uint16), want.view(np.uint16))

@@ -37,7 +37,7 @@ def test_this_machine_is_well():
 def test_a_models_own_shapes_decide_what_serves_it(monkeypatch):
     monkeypatch.setattr(doctor, "plan", lambda model: jaxinfer.plan(model, device="H200", dtype="bfloat16"))
     said = {choice.op: choice for choice in diagnose("demo", measure=False).implementations}
-    assert said["products of up to 8 rows"].implementation == "mosaic"
+    assert said["products of up to 16 rows"].implementation == "mosaic"
     assert said["decode attention"].implementation == "reduce"
     for op in ("prefill attention", "decode attention"):
         assert "the kernel does not run head_dim 32" in said[op].reason

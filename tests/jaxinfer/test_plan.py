@@ -178,7 +178,7 @@ def test_a_cache_of_8_bits_holds_more_tokens(spec):
 
 
 def test_a_plan_says_what_serves_the_model_there(spec):
-    def served(kind, dtype, op="products of up to 8 rows", **options):
+    def served(kind, dtype, op="products of up to 16 rows", **options):
         plan = make_plan(spec, {}, dtype, named(kind), **options)
         assert all(str(choice) in str(plan) for choice in plan.implementations)
         said = plan.to_dict()["implementations"]

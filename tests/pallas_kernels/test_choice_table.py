@@ -30,14 +30,14 @@ def test_the_table_of_a_model_says_which_product_is_apart_and_why():
     products = (("attention.qkv", 4096, 12288, "int8"), ("mlp.up", 4096, 11007, "int8"))
     model = Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, products=products, norm="layer")
     said = {choice.op: choice for choice in choices(HOPPER, model)}
-    assert said["products of up to 8 rows (attention.qkv)"].implementation == "mosaic"
-    odd = said["products of up to 8 rows (mlp.up)"]
+    assert said["products of up to 16 rows (attention.qkv)"].implementation == "mosaic"
+    odd = said["products of up to 16 rows (mlp.up)"]
     assert odd.implementation == "dot"
     assert "does not run 11007 outputs, which 8 does not divide" in odd.reason
     assert said["products of more rows"].implementation == "dot"
     older = {choice.op: choice for choice in choices(AMPERE, model)}
     assert "the kernel is made for Hopper, and this is gpu of compute capability 8.0" in str(
-        older["products of up to 8 rows"]
+        older["products of up to 16 rows"]
     )
 
 

@@ -130,7 +130,7 @@ def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(row
         (HOPPER, {"rows": MAX_LINEAR_ROWS}, None),
         (HOPPER, {"weight_dtype": "int8"}, "quantized weights has a kernel of its own"),
         (HOPPER, {"weight_dtype": "int4", "rows": 8}, "which does not write the cache"),
-        (HOPPER, {"weight_dtype": "int4", "rows": 9}, "beyond 8 rows the product is XLA's"),
+        (HOPPER, {"weight_dtype": "int4", "rows": 17}, "beyond 16 rows the product is XLA's"),
         (HOPPER, {"rows": MAX_LINEAR_ROWS + 1}, f"beyond {MAX_LINEAR_ROWS} rows the product is XLA's"),
         (HOPPER, {"rows": 0}, "there are no rows"),
         (HOPPER, {"kv_dtype": "int8"}, "keys and values of int8 with x of bfloat16"),
