@@ -31,7 +31,7 @@ def publish_to_cluster() -> None:
     before the last stores of the other warps are in it.
     """
 
-    @plgpu.inline_mgpu()
+    @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
     def fence(_: Any) -> None:
         llvm.inline_asm(None, [], "fence.acq_rel.cluster;", "~{memory}", has_side_effects=True, asm_dialect=0)
         utils.warpgroup_barrier()
