@@ -164,7 +164,7 @@ class Packing:
         for leaf in self.leaves:
             values = segments[leaf.segment]
             if self._alone(leaf):
-                values = values if leaf.axis is None else all_gather(values, "tensor", leaf.axis)
+                values = values if leaf.axis is None else _gathered_bits(values, leaf.axis)
             elif leaf.axis is None:
                 values = self._cut(leaf, values)
             else:
@@ -187,6 +187,13 @@ class Packing:
         elif leaf.host_dtype != np.uint8:
             values = jax.lax.bitcast_convert_type(values, jnp.dtype(leaf.host_dtype))
         return values.reshape(leaf.host_shape)
+
+
+def _gathered_bits(values: jax.Array, axis: int) -> jax.Array:
+    """All parts of a parameter. As plain integers: where a collective lacks a dtype, XLA would send a wider one."""
+    unsigned = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
+    whole = all_gather(jax.lax.bitcast_convert_type(values, unsigned), "tensor", axis)
+    return jax.lax.bitcast_convert_type(whole, values.dtype)
 
 
 def _values(leaf: Leaf, values: jax.Array) -> jax.Array:

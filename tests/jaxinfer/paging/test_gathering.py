@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import jaxinfer
 from jaxinfer import SamplingParams
 from jaxinfer.checkpoints.convert import convert
+from jaxinfer.errors import CapacityError
 from jaxinfer.hardware import Hardware
 from jaxinfer.models.families import load_spec
-from jaxinfer.paging import tiers
-from jaxinfer.paging.gathering import COPIES, SHARE, exchanged_bytes, rows
+from jaxinfer.paging import gathering, tiers
+from jaxinfer.paging.gathering import COPIES, exchanged_bytes, rows
 from jaxinfer.plan import make_plan
 from tests.cases import case
 from tests.engines import of, tiny
@@ -51,7 +52,7 @@ def layers_of(engine):
         if key[0] == "gather":
             gathers.append(step.as_text())
         elif key[0] == "layer":
-            hidden, batch = step.args_info[0][2:]
+            _, batch = step.args_info[0][2:]
             if batch.tokens.shape[1] > 1:
                 (gathered if batch.gathered else sharded).append(step.as_text())
             else:
@@ -63,7 +64,7 @@ def sent(text, collective):
     """Bytes of the results of a kind of collective in a compiled program, on one device."""
     found = re.findall(rf"= (.*?) {collective}\(", text)
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", " ".join(found))
-    sizes = {"f32": 4, "bf16": 2, "u8": 1, "s8": 1}
+    sizes = {"f32": 4, "bf16": 2, "u32": 4, "u16": 2, "u8": 1}
     return sum(sizes[dtype] * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in shapes)
 
 
@@ -93,7 +94,8 @@ def test_tokens_scores_and_logits_are_those_of_the_resident_engine(name, mesh, r
         assert gathered
         assert gathers
         for got, expected in zip(paged.score(asked), scores, strict=True):
-            np.testing.assert_allclose(got.logprobs[1:], expected.logprobs[1:], atol=1e-5)
+            # Sums in another order: resident engines on one device and on two differ by as much as 1.6e-5 here.
+            np.testing.assert_allclose(got.logprobs[1:], expected.logprobs[1:], atol=5e-5)
         for got, expected in zip(paged.logits(asked), logits, strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
 
@@ -198,7 +200,7 @@ def test_devices_hold_no_more_than_the_plan_says(root):
     with tiny(root, mesh={"tensor": 2}, offload="host", **LONG) as paged:
         said(paged, asked)
         plan, tiers_ = paged.plan, paged.plan.tiers
-        slots = tiers_.slots * max(tiers_.layer_bytes)
+        slots = min(tiers_.slots, plan.spec.num_layers) * max(tiers_.layer_bytes)
         assert tiers_.device_bytes == slots + tiers_.gathering.nbytes
         (gather,) = [step for key, step in paged.executor._compiled.items() if key[0] == "gather"]
         memory = gather.memory_analysis()
@@ -234,7 +236,7 @@ def test_by_hand():
     assert sharded == 2 * 30720 * 5120 * jnp.dtype("bfloat16").itemsize == gathered
 
 
-def test_what_is_not_gathered_says_why(spec):
+def test_what_is_not_gathered_says_why(spec, monkeypatch):
     def planned(mesh, **options):
         return make_plan(spec, mesh, "float32", DEVICE, max_batch=4, offload="host", **options)
 
@@ -250,8 +252,39 @@ def test_what_is_not_gathered_says_why(spec):
     assert whole.tiers.gathering.tokens is not None
     assert f"gathered from {whole.tiers.gathering.tokens} tokens" in str(whole)
     assert whole.to_dict()["paging"]["gathering"]["tokens"] == whole.tiers.gathering.tokens
-    least = whole.total_bytes_per_device - whole.tiers.gathering.nbytes
-    tight = planned({"tensor": 2}, prefill_tokens=1024, kv_blocks=2, device_memory=least)
-    assert tight.tiers.gathering.tokens is None
-    assert tight.total_bytes_per_device <= least
-    assert re.search(f"no room for|more than 1/{SHARE} of", tight.tiers.gathering.why)
+    monkeypatch.setattr(gathering, "SHARE", 1 << 40)
+    refused = planned({"tensor": 2}, prefill_tokens=1024, kv_blocks=2, device_memory=1 << 30).tiers.gathering
+    assert refused.tokens is None
+    assert "for a whole layer are more than 1/1099511627776 of the 1.07 GB" in refused.why
+
+
+def test_weights_are_gathered_only_where_there_is_room(spec, monkeypatch):
+    """No plan that fits without is refused for it. (In so little memory a layer is more than its usual share.)"""
+    monkeypatch.setattr(gathering, "SHARE", 1)
+
+    def planned(cap):
+        return make_plan(
+            spec, {"tensor": 2}, "float32", DEVICE, max_batch=4, offload="host", prefill_tokens=1024, kv_blocks=2,
+            device_memory=cap,
+        )  # fmt: skip
+
+    def fits(cap):
+        try:
+            return planned(cap).total_bytes_per_device <= cap
+        except CapacityError:
+            return False
+
+    least, enough = 1, 1 << 30
+    while least < enough:
+        middle = (least + enough) // 2
+        least, enough = (least, middle) if fits(middle) else (middle + 1, enough)
+    assert fits(least)
+    needed = planned(1 << 30).tiers.gathering.nbytes
+    assert 0 < needed < least
+    for cap in (least, least + needed - 1):
+        found = planned(cap).tiers.gathering
+        assert (found.tokens, found.nbytes) == (None, 0)
+        assert "no room for" in found.why
+    found = planned(least + needed)
+    assert found.tiers.gathering.tokens is not None
+    assert found.total_bytes_per_device <= least + needed
