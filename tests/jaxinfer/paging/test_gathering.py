@@ -209,6 +209,22 @@ def test_devices_hold_no_more_than_the_plan_says(root):
         assert paged.executor.device_bytes() // 2 + tiers_.gathering.nbytes + temporary <= plan.total_bytes_per_device
 
 
+@pytest.mark.parametrize("method", [None, "int8", "int4"])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_gathering_takes_no_more_memory_than_is_counted(method, tensor):
+    """Of parameters that travel alone and of small ones."""
+    options = {"dtype": "float32", "max_model_len": 256, "quantize": method, "prefill_tokens": 8192}
+    with of("demo", mesh={"tensor": tensor}, offload="host", **options) as paged:
+        executor = paged.executor
+        segments = executor.pager.take(0)
+        whole = executor._gather(0, segments)
+        (gather,) = [step for key, step in executor._compiled.items() if key[0] == "gather"]
+        memory, nbytes = gather.memory_analysis(), executor.tiers.gathering.nbytes
+        held = sum(leaf.addressable_shards[0].data.on_device_size_in_bytes() for leaf in whole)
+        assert held == pytest.approx(max(paged.plan.tiers.buffer_bytes), rel=0.1)
+        assert nbytes // 2 < memory.output_size_in_bytes + memory.temp_size_in_bytes <= nbytes
+
+
 @given(st.integers(1, 10**7), st.sampled_from([2, 4]), st.sampled_from(["float32", "bfloat16"]))
 def test_the_chosen_way_sends_less(spec, tokens, tensor, dtype):
     plan = make_plan(
