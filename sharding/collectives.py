@@ -59,3 +59,42 @@ def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     if not -x.ndim <= dim < x.ndim:
         raise MeshError(f"all_gather over {axis!r}: dim {dim} is not a dimension of an array of shape {x.shape}")
     return jax.lax.all_gather(x, axis, axis=dim % x.ndim, tiled=True) if size > 1 else x
+
+
+def own_part(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Return what of ``x``, which every device has, is this device's along ``dim``: :func:`all_gather` undoes it.
+
+    Shapes: ``[..., n * axis_size(axis), ...] -> [..., n, ...]``.
+
+    Raises:
+        MeshError: not the name of a mesh axis, ``dim`` is not a dimension of ``x``, or the devices do not divide it.
+    """
+    size = axis_size(axis)
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] % size:
+        raise MeshError(f"own_part of {axis!r}: {size} devices do not divide dim {dim} of an array of shape {x.shape}")
+    count = x.shape[dim] // size
+    return jax.lax.dynamic_slice_in_dim(x, axis_index(axis) * count, count, dim % x.ndim) if size > 1 else x
+
+
+def all_to_all(x: jax.Array, axis: str, split: int, concat: int) -> jax.Array:
+    """Divide dimension ``split`` among the devices of a mesh axis that had divided dimension ``concat``.
+
+    Every device sends each of the others a part; part ``i`` along ``split`` goes to device ``i``, and what it gets lies
+    along ``concat`` in the order of the mesh axis.
+
+    Shapes: with n devices ``[..., n * s, ..., c, ...] -> [..., s, ..., n * c, ...]``.
+
+    Raises:
+        MeshError: not the name of a mesh axis; ``split`` or ``concat`` is not a dimension of ``x``, both are the same,
+            or n does not divide ``split``.
+    """
+    size = axis_size(axis)
+    for dim in (split, concat):
+        if not -x.ndim <= dim < x.ndim:
+            raise MeshError(f"all_to_all over {axis!r}: dim {dim} is not a dimension of an array of shape {x.shape}")
+    split, concat = split % x.ndim, concat % x.ndim
+    if split == concat:
+        raise MeshError(f"all_to_all over {axis!r}: dim {split} is both split and concatenated, of shape {x.shape}")
+    if x.shape[split] % size:
+        raise MeshError(f"all_to_all over {axis!r}: {size} devices do not divide dim {split} of shape {x.shape}")
+    return jax.lax.all_to_all(x, axis, split, concat, tiled=True) if size > 1 else x

@@ -13,7 +13,7 @@ def linear_psum(
     weight: jax.Array,
     scale: jax.Array | None = None,
     *,
-    axis: str,
+    axis: str | None,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
@@ -22,17 +22,18 @@ def linear_psum(
     Args:
         x: [..., K], this device's inputs.
         weight, scale: [N, K] and its factors, as :func:`pallas_kernels.linear` takes them.
-        axis: the mesh axis. Where it has size 1 or is not bound, all is one call of :func:`pallas_kernels.linear`.
+        axis: the mesh axis; None where inputs and weight are whole. There, and where it has size 1 or is not bound, all
+            is one call of :func:`pallas_kernels.linear`.
         bias: [N].
         residual: [..., N].
 
     Returns:
-        [..., N] in the dtype of ``x``, the same on every device of the axis.
+        [..., N] in the dtype of ``x``, the same on every device of the axis if there is one.
 
     Raises:
         MeshError: not the name of a mesh axis.
     """
-    if axis_size(axis) == 1:
+    if axis is None or axis_size(axis) == 1:
         return linear(x, weight, scale, bias=bias, residual=residual)
     y = psum(linear(x, weight, scale), axis)
     y = y if bias is None else y + bias

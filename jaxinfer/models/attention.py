@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxinfer.models.norm import Norm
 from jaxinfer.models.parameter import array, parameter, weight
 from jaxinfer.models.spec import LayerSpec, Layout, ModelSpec
 from jaxinfer.quantization import quantization
-from sharding import axis_index, linear_psum
+from sharding import all_to_all, axis_index, axis_size, linear_psum
 
 LayerCache = tuple[jax.Array, ...]
 """Key and value blocks of one layer, each [N, G, 64, D]; of 8 bits also their factors, each float32 [N, G, 64]."""
@@ -74,6 +74,8 @@ class Batch:
         tables: int32 [B, W] block tables, or None for a forward pass without a cache, whose sequences start at 0.
         long: bool [B], sequences that take the long rotary frequencies; None where the model has one set.
         pieces: where tokens are packed [1, T], the rows that attention sees, whose block tables ``tables`` are.
+        gathered: the layers' weights are whole on every device of the ``tensor`` axis, and hidden states are those of
+            the device's own T / n tokens; all else here, and the cache, is as it is otherwise.
     """
 
     tokens: jax.Array
@@ -81,6 +83,7 @@ class Batch:
     tables: jax.Array | None = None
     long: jax.Array | None = None
     pieces: Pieces | None = None
+    gathered: bool = field(default=False, metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -135,7 +138,7 @@ class Attention(nnx.Module):
         """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; new tokens are written to the cache.
 
         Args:
-            x: hidden states.
+            x: hidden states; where weights are gathered, as the result, [B, T / n, H], those of the device's tokens.
             batch: where they stand.
             cache: the layer's blocks, or None.
             norm: of ``x``, before all else.
@@ -143,10 +146,11 @@ class Attention(nnx.Module):
         """
         with jax.named_scope("attention"):
             groups, per_group = self.qkv.shape[0], self.qkv.shape[1] - 2
+            groups //= axis_size("tensor") if batch.gathered else 1
             bias = self._bias(groups, per_group)
             scale, window = self.layer.scale, self.layer.window
             if cache is None or batch.tables is None:
-                query, key, value = self._heads(self._product(x, norm), batch)
+                query, key, value = self._heads(self._product(x, batch, norm), batch)
                 y = ops.attention(
                     query, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2), batch.positions,
                     scale=scale, softcap=self.softcap, window=window, bias=bias,
@@ -164,22 +168,30 @@ class Attention(nnx.Module):
                     key_scales=key_scales, value_scales=value_scales,
                 )  # fmt: skip
                 y = y if pieces is None else pieces.gather(y)
+            if batch.gathered:
+                y = all_to_all(y, "tensor", 1, 2)
             out, out_scale = self.out[...], array(self.out_scale)
             if out_scale is not None and out_scale.ndim > 1:
                 out_scale = out_scale.reshape(-1, out_scale.shape[-1])
             y = linear_psum(
                 y.reshape(*y.shape[:2], -1), out.reshape(out.shape[0], -1), out_scale,
-                axis="tensor", bias=self.out_bias[...] if self.out_biased else None, residual=residual,
+                axis=None if batch.gathered else "tensor",
+                bias=self.out_bias[...] if self.out_biased else None,
+                residual=residual,
             )  # fmt: skip
             return y, cache
 
-    def _product(self, x: jax.Array, norm: Norm | None) -> jax.Array:
-        """Query, key and value [B, T, G, R + 2, D], before they are normalised and rotated."""
-        return ops.linear(
+    def _product(self, x: jax.Array, batch: Batch, norm: Norm | None) -> jax.Array:
+        """Query, key and value [B, T, G, R + 2, D], before they are normalised and rotated.
+
+        Of this device's heads and all tokens, also where weights are gathered: there the devices exchange them.
+        """
+        qkv = ops.linear(
             x, self.qkv[...], array(self.qkv_scale),
             norm=None if norm is None else norm.of_input(),
             bias=self.qkv_bias[...] if self.qkv_biased else None,
         )  # fmt: skip
+        return all_to_all(qkv, "tensor", 2, 1) if batch.gathered else qkv
 
     def _heads(self, qkv: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query [B, T, G, R, D], key and value [B, T, G, D], normalised and rotated."""
@@ -203,7 +215,7 @@ class Attention(nnx.Module):
             weight_dtype=self.qkv.dtype, kv_dtype=cache[0].dtype,
             rotary=None if rotary is None else rotary.kind_in(dim), head_norms=self.normed,
         )  # fmt: skip
-        if pieces is None and chosen.implementation != "apart":
+        if pieces is None and not batch.gathered and chosen.implementation != "apart":
             keys, values = cache
             angles = None if rotary is None else positions.angles(rotary, jnp.maximum(batch.positions, 0), batch.long)
             return ops.qkv_gemm(
@@ -212,7 +224,7 @@ class Attention(nnx.Module):
                 bias=self.qkv_bias[...] if self.qkv_biased else None,
                 rotary=angles, weight_scale=array(self.qkv_scale), implementation="mosaic",
             )  # fmt: skip
-        qkv = self._product(x, norm)
+        qkv = self._product(x, batch, norm)
         if pieces is None and rotary is not None and self._one_pass(qkv, cache):
             turn = functools.partial(positions.angles, rotary, long=batch.long)
             return ops.rotary_cache(qkv, turn, cache, tables, batch.positions, implementation="mosaic")

@@ -6,6 +6,7 @@ and as the body of ``jax.shard_map`` on a mesh.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -94,7 +95,7 @@ class Layer(nnx.Module):
             written.append(new)
             return y
 
-        return self.join(x, self.norms, attend, self.mlp), written[0]
+        return self.join(x, self.norms, attend, functools.partial(self.mlp, gathered=batch.gathered)), written[0]
 
 
 class Decoder(nnx.Module):

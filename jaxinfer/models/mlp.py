@@ -41,13 +41,16 @@ class Mlp(nnx.Module):
             self.up_bias = parameter((*lead, spec.intermediate), (*lead_axes, "mlp"), dtype)
             self.down_bias = parameter((spec.hidden,), ("hidden",), dtype)
 
-    def __call__(self, x: jax.Array, norm: Norm | None = None, residual: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, norm: Norm | None = None, residual: jax.Array | None = None, *, gathered: bool = False
+    ) -> jax.Array:
         """Transform [B, T, H] to [B, T, H], summed over the ``tensor`` axis.
 
         Args:
             x: hidden states.
             norm: of ``x``, before all else.
             residual: [B, T, H], added to the result.
+            gathered: weights are whole on every device, so there is nothing to sum.
         """
         with jax.named_scope("mlp"):
             h = ops.linear(
@@ -59,5 +62,7 @@ class Mlp(nnx.Module):
             )  # fmt: skip
             return linear_psum(
                 h, self.down[...], array(self.down_scale),
-                axis="tensor", bias=self.down_bias[...] if self.biased else None, residual=residual,
+                axis=None if gathered else "tensor",
+                bias=self.down_bias[...] if self.biased else None,
+                residual=residual,
             )  # fmt: skip

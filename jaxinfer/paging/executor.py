@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -37,30 +36,15 @@ from jaxinfer.generation.runner import bucket_width
 from jaxinfer.generation.sampling import PenaltyState, SamplerFeatures
 from jaxinfer.models.attention import Batch, LayerCache
 from jaxinfer.models.decoder import Decoder
-from jaxinfer.paging.host_cache import Advance, Chunks, HostCache, newest, window_tables
+from jaxinfer.paging.host_cache import Chunks, HostCache, SlotGroup, newest, window_tables
 from jaxinfer.paging.pager import Pager
 from jaxinfer.paging.tiers import ROOMY_SLOTS
 from jaxinfer.plan import Plan
 from pallas_kernels import Device
+from sharding import all_gather, own_part
 
 Piece = tuple[jax.Array, Batch]
 """Hidden states on their way through the layers, and the batch they belong to."""
-
-
-@dataclass(frozen=True)
-class _SlotGroup:
-    """Slots of a decode step whose cache travels together; ``tables`` are on the devices."""
-
-    group: int
-    width: int
-    positions: np.ndarray
-    steps: np.ndarray
-    tables: Any
-
-    def at(self, index: int) -> Advance | None:
-        """The ``index``-th token of the step; None where no sequence has one."""
-        positions = np.where(index < self.steps, self.positions + index, -1)
-        return Advance(self.group, self.width, positions) if (positions >= 0).any() else None
 
 
 class PagedExecutor(Executor):
@@ -107,12 +91,13 @@ class PagedExecutor(Executor):
         rows, tokens = inputs.tokens.shape
         groups, columns = self._split(rows // self.plan.shards, tokens, inputs.tables.shape[1])
         parts = [self._part(inputs, group, groups) for group in range(groups)]
+        gathered = self._gathers(rows // self.plan.shards * tokens, tokens // columns)
         if self.kv is not None:
             visits = [Chunks.of(part.tables, part.positions, self.plan.longest_blocks) for part in parts]
             self.kv.begin(visits)
             parts = [dataclasses.replace(part, tables=self._window(part.tables.shape)) for part in parts]
         what = f"prefill of {rows // groups} x {tokens} tokens, context {inputs.tables.shape[1] * 64}"
-        pieces = [self._embed(part, columns, what) for part in parts]
+        pieces = [self._embed(part, columns, gathered, what) for part in parts]
         pieces = self._through_layers(pieces, what)
         found = []
         for part, own in zip(parts, pieces, strict=True):
@@ -120,11 +105,11 @@ class PagedExecutor(Executor):
             hidden = [piece for piece, _ in own]
             arguments = (self._leaves, hidden, self.last, penalties, part)
             step = self._once(
-                ("prefill end", _shapes((hidden, part)), features, wish),
+                ("prefill end", _shapes((hidden, part)), features, wish, gathered),
                 f"head of {what}",
-                functools.partial(self._prefill_tail, features=features, wish=wish),
+                functools.partial(self._prefill_tail, features=features, wish=wish, gathered=gathered),
                 arguments,
-                (self._leaf_specs, self._rows, self._rows, self._rows, self._rows),
+                (self._leaf_specs, self._hidden_spec(gathered), self._rows, self._rows, self._rows),
                 (self._rows, self._rows, self._rows, self._rows),
                 (2, 3),
             )
@@ -173,7 +158,7 @@ class PagedExecutor(Executor):
         index: np.int32,
         features: SamplerFeatures,
         what: str,
-        groups: list[_SlotGroup] | None = None,
+        groups: list[SlotGroup] | None = None,
     ) -> Drawn:
         rows = self._rows
         arguments: tuple[Any, ...] = (self._leaves, self.last, inputs, index)
@@ -208,8 +193,8 @@ class PagedExecutor(Executor):
             self._penalties = penalties
         return drawn
 
-    def _embed(self, part: PrefillInputs, columns: int, what: str) -> list[Piece]:
-        batch = Batch(part.tokens, part.positions, part.tables, part.long)
+    def _embed(self, part: PrefillInputs, columns: int, gathered: bool, what: str) -> list[Piece]:
+        batch = Batch(part.tokens, part.positions, part.tables, part.long, gathered=gathered)
         arguments = (self._leaves, batch)
         step = self._once(
             ("prefill begin", _shapes(batch), columns),
@@ -217,10 +202,10 @@ class PagedExecutor(Executor):
             functools.partial(self._prefill_head, columns=columns),
             arguments,
             (self._leaf_specs, self._rows),
-            self._rows,
+            (self._hidden_spec(gathered), self._rows),
             (),
         )
-        pieces: list[Piece] = step(*arguments)
+        pieces: list[Piece] = [(hidden, batch) for hidden, batch in zip(*step(*arguments), strict=True)]
         return pieces
 
     def _through_layers(self, groups: list[list[Piece]], what: str) -> list[list[Piece]]:
@@ -240,6 +225,8 @@ class PagedExecutor(Executor):
         if self.kv is not None:
             self.kv.ahead(layer, 0)  # or it would come after the next layer
         segments, kind, mark = self.pager.take(layer), self._kinds[layer], None
+        if groups[0][0][1].gathered:
+            segments = self._gather(layer, segments)  # once for all pieces, whose tokens pay for it
         for number, (group, keys) in enumerate(zip(groups, shapes, strict=True)):
             cache = self.caches[layer] if self.kv is None else self.kv.take(layer, number)
             new: LayerCache = ()
@@ -295,14 +282,15 @@ class PagedExecutor(Executor):
         what: str,
     ) -> Any:
         """Compile the function of a layer, and of all of its kind."""
-        packing = self.pager.packings[layer]
+        packing, gathered = self.pager.packings[layer], batch.gathered
         graphdef, treedef = self._layers[layer]
         one_token = self.kv is not None and hidden.shape[1] == 1
 
         def body(
             segments: list[jax.Array], cache: LayerCache, hidden: jax.Array, batch: Batch
         ) -> tuple[jax.Array, LayerCache | None, jax.Array, LayerCache]:
-            module = nnx.merge(graphdef, jax.tree.unflatten(treedef, packing.unpack(segments)))
+            leaves = segments if gathered else packing.unpack(segments)
+            module = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             hidden, written = module(hidden, batch, cache)
             new: LayerCache = ()
             if one_token:
@@ -315,23 +303,46 @@ class PagedExecutor(Executor):
             self.plan.rules.spec(("batch", None, "kv_heads", "head_dim")[: leaf.ndim]) for leaf in cache if one_token
         )
         cache_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, cache)
-        specs = [segment.spec for segment in packing.segments]
+        specs = [PartitionSpec()] * len(segments) if gathered else [segment.spec for segment in packing.segments]
+        stream = self._hidden_spec(gathered)
         return self._compile(
             key, f"a layer of {what}", body, (segments, cache, hidden, batch),
-            (specs, cache_specs, self._rows, self._rows), (self._rows, cache_specs, PartitionSpec(), new_specs), (1, 2),
+            (specs, cache_specs, stream, self._rows), (stream, cache_specs, PartitionSpec(), new_specs), (1, 2),
             self._options(batch.tokens.size // self.plan.shards),
         )  # fmt: skip
 
+    def _gather(self, layer: int, segments: list[jax.Array]) -> list[jax.Array]:
+        """The whole parameters of a layer, on every device."""
+        packing = self.pager.packings[layer]
+        specs = [segment.spec for segment in packing.segments]
+        step = self._once(
+            ("gather", packing), "gathering of a layer", packing.gather, (segments,), (specs,), PartitionSpec(), ()
+        )
+        found: list[jax.Array] = step(segments)
+        return found
+
+    def _gathers(self, tokens: int, width: int) -> bool:
+        """Whether a pass of so many tokens a shard, in pieces of some width, gathers weights."""
+        least = self.tiers.gathering.tokens
+        return least is not None and tokens >= least and width % self.plan.mesh["tensor"] == 0
+
+    def _hidden_spec(self, gathered: bool) -> PartitionSpec:
+        """Where hidden states [B, T, H] lie: with gathered weights each device has its part of the tokens."""
+        return PartitionSpec(*self._rows, "tensor") if gathered else self._rows
+
     # The bodies below run under shard_map: every array is this device's block.
 
-    def _prefill_head(self, leaves: list[jax.Array], batch: Batch, *, columns: int) -> list[Piece]:
+    def _prefill_head(
+        self, leaves: list[jax.Array], batch: Batch, *, columns: int
+    ) -> tuple[list[jax.Array], list[Batch]]:
         hidden, _ = self._model(leaves).hidden_states(batch, [])
         width = hidden.shape[1] // columns
-        pieces = []
+        pieces: tuple[list[jax.Array], list[Batch]] = [], []
         for start in range(0, hidden.shape[1], width):
             part = slice(start, start + width)
-            own = Batch(batch.tokens[:, part], batch.positions[:, part], batch.tables, batch.long)
-            pieces.append((hidden[:, part], own))
+            pieces[0].append(own_part(hidden[:, part], "tensor", 1) if batch.gathered else hidden[:, part])
+            own = dataclasses.replace(batch, tokens=batch.tokens[:, part], positions=batch.positions[:, part])
+            pieces[1].append(own)
         return pieces
 
     def _prefill_tail(
@@ -344,7 +355,9 @@ class PagedExecutor(Executor):
         *,
         features: SamplerFeatures,
         wish: PromptWish,
+        gathered: bool,
     ) -> tuple[jax.Array, PenaltyState | None, Drawn, PromptReport]:
+        hidden = [all_gather(own, "tensor", 1) for own in hidden] if gathered else hidden
         whole = jnp.concatenate(hidden, axis=1)
         return self._prefill_end(self._model(leaves), whole, last, penalties, inputs, features, wish)
 
@@ -395,7 +408,7 @@ class PagedExecutor(Executor):
             self._windows[shape] = jax.device_put(tables, self._sharding(self._rows))
         return self._windows[shape]
 
-    def _slot_groups(self, inputs: DecodeInputs) -> list[_SlotGroup]:
+    def _slot_groups(self, inputs: DecodeInputs) -> list[SlotGroup]:
         """The slots of a decode step in the groups whose cache travels together."""
         rows, shards, count = self.tiers.kv_rows, self.plan.shards, len(inputs.slots)
         assert rows is not None
@@ -416,7 +429,7 @@ class PagedExecutor(Executor):
             longest = int(np.max(used[:, own], where=steps[:, own] > 0, initial=0))
             width = min(bucket_width(max(1, longest)), self.plan.longest_blocks)
             tables = self._window((shards * rows, width))
-            found.append(_SlotGroup(group, width, positions[:, own].ravel(), steps[:, own].ravel(), tables))
+            found.append(SlotGroup(group, width, positions[:, own].ravel(), steps[:, own].ravel(), tables))
         return found
 
     def _decoder(self) -> Decoder:

@@ -54,6 +54,22 @@ class Advance:
 
 
 @dataclass(frozen=True)
+class SlotGroup:
+    """Slots of a decode step whose cache travels together; ``tables`` are on the devices."""
+
+    group: int
+    width: int
+    positions: np.ndarray
+    steps: np.ndarray
+    tables: Any
+
+    def at(self, index: int) -> Advance | None:
+        """The ``index``-th token of the step; None where no sequence has one."""
+        positions = np.where(index < self.steps, self.positions + index, -1)
+        return Advance(self.group, self.width, positions) if (positions >= 0).any() else None
+
+
+@dataclass(frozen=True)
 class Chunks:
     """A group of rows in a prefill step, of any slots.
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxinfer.models.parameter import ParameterInfo
-from sharding import ShardingRules
+from sharding import ShardingRules, all_gather
 
 SMALL_BYTES = 1 << 20
 """Parameters below this travel together."""
@@ -151,21 +151,56 @@ class Packing:
         """The parameters of the segments that one device holds; traced within a step."""
         found = []
         for leaf in self.leaves:
-            segment = self.segments[leaf.segment]
             values = segments[leaf.segment]
-            if (segment.local, segment.dtype) != (leaf.host_shape, leaf.host_dtype):
-                start = leaf.offset - segment.offset
-                size = leaf.host_dtype.itemsize
-                values = jax.lax.slice(values, (start,), (start + leaf.nbytes,))
-                if size > 1:
-                    values = jax.lax.bitcast_convert_type(values.reshape(-1, size), jnp.dtype(leaf.host_dtype))
-                elif leaf.host_dtype != np.uint8:
-                    values = jax.lax.bitcast_convert_type(values, jnp.dtype(leaf.host_dtype))
-                values = values.reshape(leaf.host_shape)
-            if leaf.dtype == _FOUR_BITS:
-                values = jax.lax.bitcast_convert_type(values, jnp.int4).reshape(leaf.shape)
-            found.append(values)
+            found.append(_values(leaf, values if self._alone(leaf) else self._cut(leaf, values)))
         return found
+
+    def gather(self, segments: Sequence[jax.Array]) -> list[jax.Array]:
+        """The whole parameters, of the segments that the devices along ``tensor`` hold; traced within a step.
+
+        One collective for each parameter that is divided and travels alone, and one for all small ones.
+        """
+        found, together = [], {}
+        for leaf in self.leaves:
+            values = segments[leaf.segment]
+            if self._alone(leaf):
+                values = values if leaf.axis is None else _gathered_bits(values, leaf.axis)
+            elif leaf.axis is None:
+                values = self._cut(leaf, values)
+            else:
+                if leaf.segment not in together:
+                    together[leaf.segment] = jnp.split(all_gather(values, "tensor", 0), self.parts)
+                values = jnp.concatenate([self._cut(leaf, part) for part in together[leaf.segment]], axis=leaf.axis)
+            found.append(_values(leaf, values))
+        return found
+
+    def _alone(self, leaf: Leaf) -> bool:
+        segment = self.segments[leaf.segment]
+        return (segment.local, segment.dtype) == (leaf.host_shape, leaf.host_dtype)
+
+    def _cut(self, leaf: Leaf, values: jax.Array) -> jax.Array:
+        """A parameter of :attr:`Leaf.host_shape`, out of the bytes in which it travels with others."""
+        start, size = leaf.offset - self.segments[leaf.segment].offset, leaf.host_dtype.itemsize
+        values = jax.lax.slice(values, (start,), (start + leaf.nbytes,))
+        if size > 1:
+            values = jax.lax.bitcast_convert_type(values.reshape(-1, size), jnp.dtype(leaf.host_dtype))
+        elif leaf.host_dtype != np.uint8:
+            values = jax.lax.bitcast_convert_type(values, jnp.dtype(leaf.host_dtype))
+        return values.reshape(leaf.host_shape)
+
+
+def _gathered_bits(values: jax.Array, axis: int) -> jax.Array:
+    """All parts of a parameter. As plain integers: where a collective lacks a dtype, XLA would send a wider one."""
+    unsigned = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
+    whole = all_gather(jax.lax.bitcast_convert_type(values, unsigned), "tensor", axis)
+    return jax.lax.bitcast_convert_type(whole, values.dtype)
+
+
+def _values(leaf: Leaf, values: jax.Array) -> jax.Array:
+    """A parameter of its own dtype, out of what travelled of it."""
+    if leaf.dtype != _FOUR_BITS:
+        return values
+    return jax.lax.bitcast_convert_type(values, jnp.int4).reshape(*values.shape[:-1], 2 * values.shape[-1])
 
 
 def two_to_a_byte(values: np.ndarray, out: np.ndarray) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.models.parameter import ParameterInfo
+from jaxinfer.paging import gathering as prefill
+from jaxinfer.paging.gathering import Gathering
 from jaxinfer.paging.packing import PAGE, Packing
 from jaxinfer.sizes import size
 from pallas_kernels import BLOCK_SIZE
@@ -59,6 +62,7 @@ class Tiers:
         kv_rows: where the KV cache lives in host memory, the sequences of each data shard whose keys and values of a
             layer travel together; it divides the plan's slots. None where the cache stays on the devices.
         kv_bytes: bytes of host memory of that cache, for all devices together.
+        gathering: whether prefill gathers the weights of a layer on every device.
         device_memory, host_memory: what may be used of each device and of the host; None where nobody said and nobody
             knows.
     """
@@ -73,6 +77,7 @@ class Tiers:
     disk: float | None = None
     kv_rows: int | None = None
     kv_bytes: int = 0
+    gathering: Gathering = field(default_factory=Gathering)
     device_memory: int | None = None
     host_memory: int | None = None
 
@@ -87,10 +92,10 @@ class Tiers:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of layers on each device: those that stay, and the slots."""
+        """Bytes of layers on each device: those that stay, the slots, and one that is gathered."""
         paged = [self.layer_bytes[layer] for layer in self.paged]
         resident = sum(self.layer_bytes[layer] for layer in self.of("device"))
-        return resident + min(self.slots, len(paged)) * max(paged, default=0)
+        return resident + min(self.slots, len(paged)) * max(paged, default=0) + self.gathering.nbytes
 
     @property
     def ring_slots(self) -> int:
@@ -251,7 +256,19 @@ def _pays(plan: Plan, first: Tiers, blocks: int) -> bool:
     return plan.slots / (layers + plan.slots * each) > here / layers
 
 
-def assign(
+def assign(build: Callable[[int, Tiers], Plan], first: Tiers, **options: Any) -> Plan:
+    """As :func:`assign_to`; weights are gathered in prefill where that pays and there is room for it."""
+    gathering = prefill.choose(build(2, first), first)
+    if gathering.tokens is not None:
+        with contextlib.suppress(CapacityError):
+            found = assign_to(build, dataclasses.replace(first, gathering=gathering), **options)
+            if found.fits is not False:
+                return found
+        gathering = Gathering(why=f"no room for {size(gathering.nbytes)}, a whole layer")
+    return assign_to(build, dataclasses.replace(first, gathering=gathering), **options)
+
+
+def assign_to(
     build: Callable[[int, Tiers], Plan],
     first: Tiers,
     *,
@@ -419,6 +436,7 @@ def rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("slots for paged layers", f"{min(tiers.slots, len(tiers.paged))}", size(max(tiers.layer_bytes)) + " each"),
         ("host", size(tiers.host_bytes), f"{tiers.ring_slots} buffers for disk" if tiers.ring_slots else ""),
         *_kv_rows(plan),
+        *prefill.rows(plan),
         ("disk", size(tiers.disk_bytes), "read at every pass" if tiers.disk_bytes else ""),
         ("link, disk", f"{rate(plan.hardware.link)}, {rate(tiers.disk)}", shown and f"a pass: {shown}"),
         ("bound by", found.by or "unknown", "" if found.step_ms is None else f"{found.step_ms:.3g} ms a decode step"),
@@ -469,6 +487,7 @@ def to_dict(plan: Plan) -> dict[str, Any] | None:
             "host_bytes": tiers.kv_bytes,
             "step_bytes": kv_moved_bytes(plan, plan.slots, min(512, plan.max_model_len)),
         },
+        "gathering": dataclasses.asdict(tiers.gathering),
         "micro_tokens": tiers.micro_tokens,
         "bounds": dataclasses.asdict(found) | {"step_ms": found.step_ms},
     }

@@ -52,3 +52,15 @@ def test_a_misspelt_axis_is_refused():
     given = operands()
     with pytest.raises(MeshError, match="unknown mesh axis 'tensors'"):
         linear_psum(given["x"], given["weight"], axis="tensors")
+
+
+@pytest.mark.parametrize("extras", [(), ("bias", "residual")], ids=str)
+def test_whole_inputs_on_a_mesh_are_not_summed(extras):
+    given = {name: array for name, array in operands().items() if name in ("x", "weight", *extras)}
+    wanted = given["x"] @ given["weight"].T + given.get("bias", 0.0) + given.get("residual", 0.0)
+    mesh = make_mesh({"tensor": 2}, TensorLimits(heads=2, kv_heads=2, intermediate=2))
+    run = jax.shard_map(
+        lambda given: linear_psum(**given, axis=None), mesh=mesh, in_specs=(P(),), out_specs=P(), check_vma=False
+    )
+    np.testing.assert_allclose(jax.jit(run)(given), wanted, rtol=1e-5, atol=1e-5)
+    assert "all_reduce" not in jax.jit(run).lower(given).as_text()

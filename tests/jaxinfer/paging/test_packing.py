@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer.models.parameter import ParameterInfo
 from jaxinfer.paging.packing import PAGE, Packing, two_to_a_byte
@@ -47,7 +47,7 @@ def layers(draw):
 
 @settings(max_examples=25)
 @given(layers(), st.sampled_from([1, 2]), st.sampled_from([1, 1 << 12, 1 << 30]))
-def test_what_is_packed_comes_out_on_each_device(infos, tensor, small):
+def test_what_is_packed_comes_out_on_each_device_in_parts_and_whole(infos, tensor, small):
     rng = np.random.default_rng(0)
     mesh = make_mesh({"tensor": tensor}, TensorLimits(heads=2, kv_heads=2, intermediate=2))
     with pytest.MonkeyPatch.context() as patch:
@@ -73,16 +73,16 @@ def test_what_is_packed_comes_out_on_each_device(infos, tensor, small):
         sharding = NamedSharding(mesh, segment.spec)
         arrays.append(jax.make_array_from_single_device_arrays(segment.shape, sharding, parts))
     specs = [ShardingRules().spec(info.axes) for info in infos.values()]
-    unpack = jax.shard_map(
-        packing.unpack, mesh=mesh, in_specs=([s.spec for s in packing.segments],), out_specs=specs, check_vma=False
-    )
-    for (name, info), got in zip(infos.items(), jax.jit(unpack)(arrays), strict=True):
-        assert got.dtype == info.dtype, name
-        if info.dtype == jnp.int4:
-            np.testing.assert_array_equal(np.asarray(got, np.int8), values[name].astype(np.int8))
-        else:
-            unsigned = f"u{np.dtype(info.dtype).itemsize}"
-            np.testing.assert_array_equal(np.asarray(got).view(unsigned), values[name].view(unsigned))
+    given = ([s.spec for s in packing.segments],)
+    for take_apart, out in ((packing.unpack, specs), (packing.gather, PartitionSpec())):
+        mapped = jax.shard_map(take_apart, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)
+        for (name, info), got in zip(infos.items(), jax.jit(mapped)(arrays), strict=True):
+            assert got.dtype == info.dtype, name
+            if info.dtype == jnp.int4:
+                np.testing.assert_array_equal(np.asarray(got, np.int8), values[name].astype(np.int8))
+            else:
+                unsigned = f"u{np.dtype(info.dtype).itemsize}"
+                np.testing.assert_array_equal(np.asarray(got).view(unsigned), values[name].view(unsigned))
 
 
 def test_large_parameters_travel_alone_and_small_ones_together():
