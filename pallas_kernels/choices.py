@@ -45,7 +45,7 @@ MIN_GATED_ROWS = 4096
 MAX_QUANTIZED_ROWS = 8
 """Rows up to which a product with a quantized weight has a kernel of its own: they fill the columns of an mma."""
 
-LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4")
+LINEAR_WEIGHTS: tuple[str, ...] = ("int8", "int4", "float8_e4m3fn")
 """Dtypes of quantized weights that the kernel of products reads as they are stored."""
 
 FUSED_NORMS: tuple[str, ...] = ("rms", "layer")

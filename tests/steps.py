@@ -27,6 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "llama, heads of 128, int8 weights": (
         {"norm": "rms", "gated_mlp": True, "head_dim": 128}, {"quantize": "int8"}, 512,
     ),
+    "llama, fp8 weights": ({"norm": "rms", "gated_mlp": True}, {"quantize": "fp8"}, 512),
     "heads of 128, prefill": ({"norm": "rms", "gated_mlp": True, "head_dim": 128}, {}, 512),
     "llama, float32": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
     "llama, prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),

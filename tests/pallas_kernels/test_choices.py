@@ -84,6 +84,8 @@ def test_attention_is_chosen_by_device_and_shape(on, tokens, heads, dim, dtype, 
         (HOPPER, MAX_LINEAR_ROWS, 4096, 12288, "float16", "float16", "mosaic"),
         (HOPPER, MAX_LINEAR_ROWS + 1, 4096, 12288, "bfloat16", "bfloat16", "dot"),
         (HOPPER, 1, 4096, 12288, "bfloat16", "int8", "mosaic"),
+        (HOPPER, 8, 4096, 12288, "bfloat16", "float8_e4m3fn", "mosaic"),
+        (HOPPER, 1, 4112, 12288, "bfloat16", "float8_e4m3fn", "dot"),
         (HOPPER, 1, 4096, 12288, "bfloat16", "int4", "mosaic"),
         (HOPPER, 1, 4096, 12288, "float32", "float32", "dot"),
         (HOPPER, 1, 4096, 12288, "float16", "bfloat16", "dot"),
@@ -103,7 +105,8 @@ def test_products_are_chosen_by_device_shape_and_dtype(on, rows, inputs, outputs
 
 @given(
     st.integers(1, 80), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 16, 64]),
-    st.sampled_from(["bfloat16", "float16", "float32"]), st.sampled_from(["bfloat16", "float16", "int8", "int4"]),
+    st.sampled_from(["bfloat16", "float16", "float32"]),
+    st.sampled_from(["bfloat16", "float16", "int8", "int4", "float8_e4m3fn"]),
 )  # fmt: skip
 def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(rows, k, n, unit, dtype, weight):
     """And not chosen only for more rows than it has been timed with, or for what is named."""
@@ -112,7 +115,7 @@ def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(row
         inputs = -(-inputs // 64) * 64
     chosen = linear_choice(HOPPER, rows=rows, inputs=inputs, outputs=outputs, dtype=dtype, weight_dtype=weight)
     shapes = {"x": ((rows, inputs), dtype), "weight": ((outputs, inputs), weight)}
-    if weight in ("int8", "int4"):
+    if weight in ("int8", "int4", "float8_e4m3fn"):
         shapes["weight_scale"] = ((inputs // 64, outputs) if groups else (outputs,), "float32")
     operands = {name: jax.ShapeDtypeStruct(*given) for name, given in shapes.items()}
     if chosen.implementation == "mosaic":
@@ -129,6 +132,7 @@ def test_the_kernel_of_products_is_chosen_only_where_it_accepts_the_operands(row
         (HOPPER, {"rotary": None, "head_dim": 64}, None),
         (HOPPER, {"rows": MAX_LINEAR_ROWS}, None),
         (HOPPER, {"weight_dtype": "int8"}, "quantized weights has a kernel of its own"),
+        (HOPPER, {"weight_dtype": "float8_e4m3fn"}, "quantized weights has a kernel of its own"),
         (HOPPER, {"weight_dtype": "int4", "rows": 8}, "which does not write the cache"),
         (HOPPER, {"weight_dtype": "int4", "rows": 17}, "beyond 16 rows the product is XLA's"),
         (HOPPER, {"rows": MAX_LINEAR_ROWS + 1}, f"beyond {MAX_LINEAR_ROWS} rows the product is XLA's"),
