@@ -13,7 +13,7 @@ from pallas_kernels.quantized_plan import CHUNK, WARPS, Plan
 from pallas_kernels.skinny_gemm import InputNorm
 
 
-def widen(o: Any, plan: Plan, word: Any) -> list[Any]:
+def widen(o: Any, plan: Any, word: Any) -> list[Any]:
     """Turn 4 or 8 weights in a register into pairs: (0, 2), (1, 3), or (0, 4), (1, 5), (2, 6), (3, 7). Exact."""
     short = plan.kind == "f16"
     if plan.weight == "int4":
@@ -41,9 +41,9 @@ def widen(o: Any, plan: Plan, word: Any) -> list[Any]:
     return [o.multiply(plan.kind, o.merge(pair, 0x80008000, (pair >> move) & mask), power) for pair in pairs]
 
 
-def run_order(plan: Plan) -> list[int]:
+def run_order(bits: int) -> list[int]:
     """The order in which 8 consecutive inputs are staged: that of :func:`widen`."""
-    return [0, 4, 1, 5, 2, 6, 3, 7] if plan.bits == 4 else [0, 2, 1, 3, 4, 6, 5, 7]
+    return {4: [0, 4, 1, 5, 2, 6, 3, 7], 8: [0, 2, 1, 3, 4, 6, 5, 7], 16: [0, 1, 2, 3, 4, 5, 6, 7]}[bits]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def stage_x(
             sizes.append(o.rsqrt(square + norm.eps))
 
     lanes = plan.runs
-    order = run_order(plan)
+    order = run_order(plan.bits)
 
     total = plan.steps * WARPS * plan.inputs // 8
 
@@ -191,7 +191,7 @@ def stage_x(
             found.append((slot, inside, words, beside))
         for slot, inside, words, beside in found:
             for token in range(plan.m):
-                pairs = _ordered(o, plan, words[token], order)
+                pairs = ordered(o, words[token], order)
                 if norm is not None:
                     wide = [value for word in words[token] for value in o.unpack(plan.kind, word)]
                     if norm.kind == "layer":
@@ -220,8 +220,10 @@ def stage_x(
         stage(o.constant(steps * batch * 128), -(-rest // 128), ragged=True)
 
 
-def _ordered(o: Any, plan: Plan, words: list[Any], order: list[int]) -> list[Any]:
-    """Eight inputs in four registers, put into an order whose pairs are both of even or both of odd place."""
+def ordered(o: Any, words: list[Any], order: list[int]) -> list[Any]:
+    """Eight inputs in four registers, put into an order whose pairs are both of even or both of odd place, or are kept."""
+    if order == sorted(order):
+        return words
     pairs = []
     for i in range(0, 8, 2):
         low, high = order[i], order[i + 1]

@@ -87,6 +87,8 @@ class Reg:
         return Reg(arith.remui(self.value, self.of(other)))
 
     def __lt__(self, other: Any) -> Reg:
+        if self.floating:
+            return Reg(arith.cmpf(arith.CmpFPredicate.OLT, self.value, self.of(other)))
         return Reg(arith.cmpi(arith.CmpIPredicate.ult, self.value, self.of(other)))
 
 
@@ -115,11 +117,17 @@ def _asm(text: str, *inputs: Reg, results: Sequence[str] = (), effects: bool = T
 class Registers:
     """The instructions. Addresses in shared memory are i32, in global memory i64; both count bytes."""
 
-    def __init__(self) -> None:
-        thread = Reg(utils.thread_idx())
-        self.thread = thread % WARPGROUP
+    def __init__(self, threads: int = WARPGROUP) -> None:
+        """Of a block of so many threads, or of a warpgroup of its own."""
+        self.threads = threads
+        self.thread = Reg(utils.thread_idx()) % threads
         self.lane = self.thread % 32
-        self.warp = Reg(utils.warp_idx()) % (WARPGROUP // 32)
+        self.warp = Reg(utils.warp_idx()) % (threads // 32)
+
+    @property
+    def block(self) -> Reg:
+        """The number of the block in a grid of one axis."""
+        return _asm("mov.u32 $0, %ctaid.x;", results=["i32"], effects=False)[0]
 
     def constant(self, value: int | float) -> Reg:
         """A constant: i32 of an ``int``, f32 of a ``float``."""
@@ -146,16 +154,38 @@ class Registers:
         yes = yes if isinstance(yes, Reg) else Reg(no.of(yes)) if isinstance(no, Reg) else self.constant(yes)
         return Reg(arith.select(condition.value, yes.value, yes.of(no)))
 
-    def loop(self, count: int, carry: Sequence[Reg], body: Callable[[Reg, list[Reg]], Sequence[Reg]]) -> list[Reg]:
+    def equal(self, a: Reg, b: Any) -> Reg:
+        """Whether two integers are."""
+        return Reg(arith.cmpi(arith.CmpIPredicate.eq, a.value, a.of(b)))
+
+    def when(self, condition: Reg, body: Callable[[], None]) -> None:
+        """Do something where a condition holds."""
+        branch = scf.IfOp(condition.value)
+        with ir.InsertionPoint(branch.then_block):
+            body()
+            scf.yield_([])
+
+    def loop(
+        self, count: int | Reg, carry: Sequence[Reg], body: Callable[[Reg, list[Reg]], Sequence[Reg]]
+    ) -> list[Reg]:
         """Call ``body(i, carry)`` for ``i`` from 0 to ``count``; it returns what it is given next."""
         i32 = _type("i32")
-        bounds: Any = [utils.c(value, i32) for value in (0, count, 1)]
+        bounds: Any = [utils.c(0, i32), count.value if isinstance(count, Reg) else utils.c(count, i32), utils.c(1, i32)]
         loop: Any = scf.ForOp  # whose declared arguments are those of the class that it extends
         op = loop(*bounds, [value.value for value in carry])
         with ir.InsertionPoint(op.body):
             given = [Reg(value) for value in op.inner_iter_args]
             scf.yield_([value.value for value in body(Reg(op.induction_variable), given)])
         return [Reg(value) for value in op.results]
+
+    def address(self, low: Reg, high: Reg) -> Reg:
+        """An i64 of two i32."""
+        return self.wide(low) | (self.wide(high) << 32)
+
+    def halves(self, value: Reg) -> tuple[Reg, Reg]:
+        """The low and the high i32 of an i64."""
+        i32 = _type("i32")
+        return Reg(arith.trunci(i32, value.value)), Reg(arith.trunci(i32, (value >> 32).value))
 
     # Bits.
 
@@ -200,7 +230,19 @@ class Registers:
         """``1 / sqrt(value)``, to 2 units in the last place."""
         return _asm("rsqrt.approx.f32 $0, $1;", value, results=["f32"], effects=False)[0]
 
-    def maximum(self, value: Reg, least: float) -> Reg:
+    def exp2(self, value: Reg) -> Reg:
+        """Two to the power of an f32, to 2 units in the last place."""
+        return _asm("ex2.approx.ftz.f32 $0, $1;", value, results=["f32"], effects=False)[0]
+
+    def divide(self, a: Reg, b: Reg) -> Reg:
+        """``a / b`` of f32, to 2 units in the last place."""
+        return _asm("div.full.f32 $0, $1, $2;", a, b, results=["f32"], effects=False)[0]
+
+    def fma(self, a: Reg, b: Reg, c: Reg) -> Reg:
+        """``a * b + c`` of f32, rounded once."""
+        return _asm("fma.rn.f32 $0, $1, $2, $3;", a, b, c, results=["f32"], effects=False)[0]
+
+    def maximum(self, value: Reg, least: float | Reg) -> Reg:
         """The larger of two f32."""
         return Reg(arith.maximumf(value.value, value.of(least)))
 
@@ -272,11 +314,44 @@ class Registers:
         )
         _asm(text, address, value, chosen)
 
+    def store_memory(self, address: Reg, values: Sequence[Reg]) -> None:
+        """Store i32 or f32 in global memory, one, two or four."""
+        names = ", ".join(f"${i + 1}" for i in range(len(values)))
+        vector = "" if len(values) == 1 else f".v{len(values)}"
+        kind = "f32" if values[0].floating else "b32"
+        _asm(f"st.global{vector}.{kind} [$0], {names if len(values) == 1 else f'{{{names}}}'};", address, *values)
+
     # Waiting for others.
 
     def sync(self) -> None:
         """Wait for the threads of the block."""
-        utils.warpgroup_barrier()
+        if self.threads == WARPGROUP:
+            utils.warpgroup_barrier()
+        else:
+            _asm(f"bar.sync 0, {self.threads};", convergent=True)
+
+    def count(self, address: Reg) -> Reg:
+        """Add one to a counter in global memory and return what it was.
+
+        What the thread has seen written before is written for whoever finds the counter so, and the other way round.
+        """
+        _asm("fence.acq_rel.gpu;")
+        old = _asm("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", address, results=["i32"])[0]
+        _asm("fence.acq_rel.gpu;")
+        return old
+
+    def arrive(self, address: Reg) -> None:
+        """Add one to a counter in global memory, after all that the thread has seen written."""
+        _asm("fence.acq_rel.gpu;")
+        _asm("red.release.gpu.global.add.u32 [$0], 1;", address)
+
+    def await_count(self, address: Reg, least: Reg) -> None:
+        """Wait until a counter that only grows has a value; what was written before it grew can be read then."""
+        _asm(
+            "{ .reg .pred p; .reg .s32 v; AGAIN: ld.acquire.gpu.global.s32 v, [$0]; sub.s32 v, v, $1; "
+            "setp.lt.s32 p, v, 0; @p bra AGAIN; }",
+            address, least,
+        )  # fmt: skip
 
     def sync_cluster(self) -> None:
         """Wait for the threads of the cluster."""

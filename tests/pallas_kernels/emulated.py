@@ -1,6 +1,7 @@
-"""The instructions of :class:`pallas_kernels.registers.Registers` in numpy, for all threads of a cluster at once.
+"""The instructions of :class:`pallas_kernels.registers.Registers` in numpy, for all threads of some blocks at once.
 
-A register is an array [blocks, 128]. Copies that are asynchronous are made when they are waited for, no earlier; shared
+A register is an array [blocks, threads]. Where only some threads do something, what the others would store or copy is
+left out. Copies that are asynchronous are made when they are waited for, no earlier; shared
 memory starts as NaN, so that what is read too early shows.
 """
 
@@ -13,13 +14,15 @@ KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
 class Emulated:
-    """A cluster of blocks of 128 threads."""
+    """Blocks of threads: those of a cluster, or of a grid whose blocks wait for one another."""
 
-    def __init__(self, blocks, shared):
-        self.blocks = blocks
-        self.thread = np.tile(np.arange(128, dtype=np.uint32), (blocks, 1))
+    def __init__(self, blocks, shared, threads=128):
+        self.blocks, self.threads = blocks, threads
+        self.thread = np.tile(np.arange(threads, dtype=np.uint32), (blocks, 1))
         self.lane, self.warp = self.thread % np.uint32(32), self.thread // np.uint32(32)
-        self.block = np.arange(blocks)[:, None]
+        self.row = np.arange(blocks)[:, None]
+        self.block = np.tile(np.arange(blocks, dtype=np.uint32)[:, None], (1, threads))
+        self.active = np.ones((blocks, threads), bool)
         self.smem = np.full((blocks, shared), 0xFF, np.uint8)
         self.used = 0
         self.gmem = np.zeros(0, np.uint8)
@@ -41,7 +44,7 @@ class Emulated:
 
     def constant(self, value):
         kind = np.uint32 if isinstance(value, int) else np.float32
-        return np.full((self.blocks, 128), value, kind)
+        return np.full((self.blocks, self.threads), value, kind)
 
     def shared(self, ref):
         return self.constant(ref)
@@ -57,9 +60,32 @@ class Emulated:
         kind = yes.dtype if isinstance(yes, np.ndarray) else no.dtype if isinstance(no, np.ndarray) else np.uint32
         return np.where(condition, yes, no).astype(kind)
 
+    def equal(self, a, b):
+        return a == np.asarray(b, a.dtype)
+
+    def address(self, low, high):
+        return low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+
+    def halves(self, value):
+        return value.astype(np.uint32), (value >> np.uint64(32)).astype(np.uint32)
+
+    def when(self, condition, body):
+        before, self.active = self.active, self.active & condition
+        if self.active.any():
+            body()
+        self.active = before
+
     def loop(self, count, carry, body):
-        for i in range(count):
-            carry = body(self.constant(i), list(carry))
+        if not isinstance(count, np.ndarray):
+            for i in range(count):
+                carry = body(self.constant(i), list(carry))
+            return carry
+        before = self.active
+        for i in range(int(count[before].max(initial=0))):
+            self.active = before & (i < count)
+            found = body(self.constant(i), list(carry))
+            carry = [np.where(self.active, new, old).astype(old.dtype) for new, old in zip(found, carry, strict=True)]
+        self.active = before
         return carry
 
     def merge(self, a, mask, b, *, toggle=False):
@@ -98,12 +124,22 @@ class Emulated:
         return (1 / np.sqrt(value)).astype(np.float32)
 
     def maximum(self, value, least):
-        return np.maximum(value, np.float32(least))
+        return np.maximum(value, np.asarray(least, np.float32))
+
+    def exp2(self, value):
+        return np.exp2(value)
+
+    def divide(self, a, b):
+        return np.where(self.active & (b != 0), a / np.where(b == 0, 1, b), np.nan).astype(np.float32)
+
+    def fma(self, a, b, c):
+        return (a.astype(np.float64) * b + c).astype(np.float32)
 
     def mma(self, kind, a, b, c):
         g, q = np.divmod(np.arange(32), 4)
-        left, right = np.zeros((self.blocks, 4, 16, 16), np.float32), np.zeros((self.blocks, 4, 16, 8), np.float32)
-        warps = lambda value: value.reshape(self.blocks, 4, 32)  # noqa: E731
+        count = self.threads // 32
+        left, right = (np.zeros((self.blocks, count, 16, size), np.float32) for size in (16, 8))
+        warps = lambda value: value.reshape(self.blocks, count, 32)  # noqa: E731
         for i in range(4):
             for j, value in enumerate(self.unpack(kind, a[i])):
                 left[:, :, g + 8 * (i % 2), 2 * q + j + 8 * (i // 2)] = warps(value)
@@ -112,34 +148,44 @@ class Emulated:
                 right[:, :, 2 * q + j + 8 * i, g] = warps(value)
         product = left @ right
         return [
-            c[i] + product[:, :, g + 8 * (i // 2), 2 * q + i % 2].reshape(self.blocks, 128).astype(np.float32)
+            c[i] + product[:, :, g + 8 * (i // 2), 2 * q + i % 2].reshape(self.blocks, -1).astype(np.float32)
             for i in range(4)
         ]
 
     def across(self, value, lanes):
-        return value[:, np.arange(128) ^ lanes]
+        return value[:, np.arange(self.threads) ^ lanes]
 
     def copy_async(self, target, source, size, valid):
         self.open.append((target, source, size, valid))
 
     def commit_copies(self):
-        self.groups.append(self.open)
+        self.groups.append((self.open, self.active))
         self.open = []
 
     def wait_copies(self, groups):
-        while len(self.groups) > groups:
-            for target, source, size, valid in self.groups.pop(0):
+        # Of the threads that are here: others may be behind in their groups.
+        behind = np.zeros((self.blocks, self.threads), int)
+        for number in range(len(self.groups) - 1, -1, -1):
+            copies, left = self.groups[number]
+            now = left & self.active & (behind >= groups)
+            behind += left
+            for target, source, size, valid in copies:
                 for i in range(size):
-                    own = i < valid
+                    own = now & (i < valid)
                     at = np.where(own, source + np.uint64(i), 0).astype(np.int64)
                     assert (at < self.gmem.size).all()
-                    self.smem[self.block, target + np.uint32(i)] = np.where(own, self.gmem[at], 0)
+                    value = np.where(own, self.gmem[at], 0).astype(np.uint8)
+                    self.smem[np.where(now, self.row, 0)[now], (target + np.uint32(i))[now]] = value[now]
+            self.groups[number] = copies, left & ~now
+        self.groups = [group for group in self.groups if group[1].any()]
 
     def load_shared(self, address, count=1):
+        address = np.where(self.active, address, 0).astype(np.uint32)
         assert (address % (4 * count) == 0).all()
-        return [self._words(lambda at: self.smem[self.block, at], address + np.uint32(4 * i)) for i in range(count)]
+        return [self._words(lambda at: self.smem[self.row, at], address + np.uint32(4 * i)) for i in range(count)]
 
     def load_memory(self, address, count=1):
+        address = np.where(self.active, address, 0).astype(np.uint64)
         assert (address % (4 * count) == 0).all()
         return [self._words(lambda at: self.gmem[at], (address + np.uint64(4 * i)).astype(int)) for i in range(count)]
 
@@ -152,21 +198,45 @@ class Emulated:
         return self.float_of(word)
 
     def load_half(self, kind, address):
-        at = address.astype(int)
+        at = np.where(self.active, address, 0).astype(int)
         data = np.ascontiguousarray(np.stack((self.gmem[at], self.gmem[at + 1]), axis=-1))
         return data.view(KINDS[kind])[..., 0].astype(np.float32)
 
     def store_half(self, kind, address, value, condition):
-        halves = np.ascontiguousarray(value.astype(KINDS[kind])).view(np.uint8).reshape(self.blocks, 128, 2)
+        halves = np.ascontiguousarray(value.astype(KINDS[kind])).view(np.uint8).reshape(self.blocks, self.threads, 2)
+        condition = condition & self.active
         for i in range(2):
             self.gmem[(address + np.uint64(i))[condition].astype(int)] = halves[..., i][condition]
 
     def store_shared(self, address, values):
         assert (address % (4 * len(values)) == 0).all()
         for i, value in enumerate(values):
-            data = np.ascontiguousarray(value).view(np.uint8).reshape(self.blocks, 128, 4)
+            data = np.ascontiguousarray(value).view(np.uint8).reshape(self.blocks, self.threads, 4)
             for j in range(4):
-                self.smem[self.block, address + np.uint32(4 * i + j)] = data[..., j]
+                at = (address + np.uint32(4 * i + j))[self.active]
+                rows = np.broadcast_to(self.row, self.active.shape)[self.active]
+                self.smem[rows, at] = data[..., j][self.active]
+
+    def store_memory(self, address, values):
+        assert (address[self.active] % (4 * len(values)) == 0).all()
+        for i, value in enumerate(values):
+            data = np.ascontiguousarray(value).view(np.uint8).reshape(self.blocks, self.threads, 4)
+            for j in range(4):
+                self.gmem[(address + np.uint64(4 * i + j))[self.active].astype(int)] = data[..., j][self.active]
+
+    def count(self, address):
+        old = self.constant(0)
+        for at in np.argwhere(self.active):
+            word = slice(int(address[tuple(at)]), int(address[tuple(at)]) + 4)
+            (old[tuple(at)],) = self.gmem[word].view(np.uint32)
+            self.gmem[word] = (self.gmem[word].view(np.uint32) + np.uint32(1)).view(np.uint8)
+        return old
+
+    arrive = count
+
+    def await_count(self, address, least):
+        (found,) = self._words(lambda at: self.gmem[at], np.where(self.active, address, 0).astype(int))[None]
+        assert (found[self.active] >= least[self.active]).all()
 
     def sync(self):
         pass

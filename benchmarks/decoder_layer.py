@@ -1,0 +1,256 @@
+"""The kernel of a whole decoder layer: right beside float32, and its time beside the kernels of its parts and the copy.
+
+    python benchmarks/decoder_layer.py --seconds 150 --out benchmarks/results/decoder_layer_h200.json
+
+First every case of the tests, small and large, against ``jax.numpy`` in float32, with two layers one after the other.
+Then chains of layers of a 7B Llama with weights of their own, one sequence of 512 tokens: microseconds a layer, as a
+CUDA graph handed out back to back; the limit is what its bytes take at the copy bandwidth measured in the same run.
+``--ablate`` also times the kernel with parts left out, whose results are wrong. Each figure is printed and the file
+written as soon as it is there; nothing is begun for which no time is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+
+import pallas_kernels as ops
+from jaxinfer.bench import measure_limits
+from pallas_kernels import layer_mosaic, layer_threads
+from pallas_kernels.decoder_layer import decoder_layer, plan_of, reference, workspace
+from tests.pallas_kernels.layer_cases import LARGE, LLAMA, SMALL, operands, static
+
+LAYERS = 8
+
+
+class Bench:
+    """Measures, and writes the file after each figure."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.end = given, time.perf_counter() + given.seconds
+        self.found: dict[str, Any] = {"machine": machine.describe()}
+
+    def late(self, seconds: float) -> bool:
+        """Whether there is no time for more."""
+        return time.perf_counter() + seconds > self.end
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a figure."""
+        self.found[name] = value
+        print(name, json.dumps(value), f"{self.end - time.perf_counter():.0f} s left", flush=True)
+        if self.given.out is not None:
+            self.given.out.write_text(json.dumps(self.found, indent=1))
+
+
+def widened(tree: Any) -> Any:
+    """Everything that is not quantized in float32."""
+    return jax.tree.map(
+        lambda a: a.astype(jnp.float32) if a.dtype in (jnp.bfloat16, jnp.float16) else a, tree
+    )
+
+
+def check(case: Any) -> dict[str, float]:
+    """Distances from float32 of two layers, of the kernel and of the reference in the case's dtype; and the cache's."""
+    arguments, rotary = operands(case)
+    x, layer, cache, tables, positions = arguments
+    rest = static(case)
+    real = np.asarray(positions) >= 0
+
+    @jax.jit
+    def twice(x: Any, cache: Any, other: Any, counters: Any) -> Any:
+        x, cache, counters = decoder_layer(
+            x, layer, cache, tables, positions, counters, rotary=rotary, implementation="mosaic", **rest
+        )
+        first = x
+        x, other, counters = decoder_layer(
+            x, layer, other, tables, positions, counters, rotary=rotary, implementation="mosaic", **rest
+        )
+        return first, x, cache, other, counters
+
+    @jax.jit
+    def plainly(x: Any, layer: Any, cache: Any, other: Any, rotary: Any) -> Any:
+        first, cache = reference(x, layer, cache, tables, positions, rotary=rotary, **rest)
+        return first, *reference(first, layer, other, tables, positions, rotary=rotary, **rest)
+
+    counters = workspace(len(case.lengths), case.groups)
+    first, second, written, _, counted = twice(x, cache, cache, counters)
+    truth = plainly(*widened((x, layer, cache, cache, rotary)))
+    rough = plainly(x, layer, cache, cache, rotary)
+
+    def apart(got: Any, wanted: Any) -> float:
+        a, b = (np.asarray(array, np.float64)[real] for array in (got, wanted))
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b - np.asarray(x, np.float64)[real]))
+
+    again = twice(x, cache, cache, counters)
+    kept = max(
+        float(jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32))))
+        for a, b in zip(written, reference(*arguments, rotary=rotary, **rest)[1], strict=True)
+    )
+    return {
+        "first": apart(first, truth[0]), "second": apart(second, truth[1]), "reference": apart(rough[1], truth[1]),
+        "cache": kept, "repeats": bool((second == again[1]).all()), "counted": int(counted[0]),
+    }  # fmt: skip
+
+
+def chain(case: Any, whole: bool) -> tuple[Any, Any, float]:
+    """A function of layers one after the other, what it is given, and the bytes of a layer."""
+    arguments, rotary = operands(dataclasses.replace(case), seed=None)
+    x, layer, cache, tables, positions = arguments
+    rest = static(case)
+
+    def fill(array: Any, key: Any) -> Any:
+        if array.dtype == jnp.int4:
+            return jax.random.randint(key, array.shape, -7, 8, jnp.int8).astype(jnp.int4)
+        if array.dtype == jnp.int8:
+            return jax.random.randint(key, array.shape, -127, 128, jnp.int8)
+        if array.dtype == jnp.int32:
+            return array
+        if array.dtype == jnp.float32:
+            return jnp.full(array.shape, 0.02 / 7, jnp.float32)
+        return (0.02 * jax.random.normal(key, array.shape, jnp.bfloat16)).astype(array.dtype)
+
+    @jax.jit
+    def drawn(key: Any) -> Any:
+        leaves, shape = jax.tree.flatten((layer, cache))
+        return jax.tree.unflatten(shape, [fill(a, k) for a, k in zip(leaves, jax.random.split(key, 40), strict=False)])
+
+    layers, caches = zip(*(drawn(jax.random.key(i)) for i in range(LAYERS)), strict=True)
+    x = jax.random.normal(jax.random.key(99), x.shape, x.dtype)
+    tables = jnp.asarray(operands(dataclasses.replace(SMALL["plain"], lengths=case.lengths, width=case.width))[0][3])
+    positions = jnp.asarray(case.lengths, jnp.int32) - 1
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def together(x: Any, layers: Any, caches: Any) -> Any:
+        counters, new = workspace(len(case.lengths), case.groups), []
+        for one, cache in zip(layers, caches, strict=True):
+            x, cache, counters = decoder_layer(
+                x, one, cache, tables, positions, counters, rotary=rotary, implementation="mosaic", **rest
+            )
+            new.append(cache)
+        return x, new
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def apart(x: Any, layers: Any, caches: Any) -> Any:
+        new = []
+        for one, cache in zip(layers, caches, strict=True):
+            angles = None if rotary is None else tuple(angle[:, None] for angle in rotary)
+            query, cache = ops.qkv_gemm(
+                x[:, None], one.weights[0], cache, tables, positions[:, None], norm=one.norms[0], bias=one.biases[0],
+                rotary=angles, weight_scale=one.scales[0], implementation="mosaic",
+            )  # fmt: skip
+            y = ops.paged_attention(query, *cache, tables, positions[:, None], scale=rest["scale"])
+            x = ops.linear(
+                y.reshape(x.shape[0], -1), one.weights[1], one.scales[1], residual=x, bias=one.biases[1]
+            )
+            h = ops.linear(
+                x, one.weights[2], one.scales[2], norm=one.norms[1], activation=case.activation, gated=case.gated,
+                bias=one.biases[2],
+            )  # fmt: skip
+            x = ops.linear(h, one.weights[3], one.scales[3], residual=x, bias=one.biases[3])
+            new.append(cache)
+        return x, new
+
+    nbytes = sum(array.nbytes if array.dtype != jnp.int4 else array.size / 2 for array in jax.tree.leaves(layer))
+    nbytes += sum(case.lengths) * 2 * case.groups * case.dim * 2
+    return (together if whole else apart), (x, list(layers), list(caches)), nbytes
+
+
+def timed(function: Any, given: Any, calls: int = 16) -> tuple[float, Any]:
+    """Microseconds a layer, the median of several rounds of calls handed out back to back."""
+    x, layers, caches = given
+    y, caches = function(x, layers, caches)
+    rounds = []
+    for _ in range(7):
+        jax.block_until_ready(caches)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            y, caches = function(x, layers, caches)
+        y.block_until_ready()
+        rounds.append(1e6 * (time.perf_counter() - begin) / calls / LAYERS)
+    if not bool(jnp.isfinite(y.astype(jnp.float32)).all()):
+        raise ValueError("the result is not finite")
+    return float(np.median(rounds)), (x, layers, caches)
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kinds", nargs="*", default=["bfloat16", "int8", "int4", "fp8"])
+    parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--ablate", action="store_true")
+    bench = Bench(parser.parse_args())
+    bench.note("limits", dataclasses.asdict(measure_limits()))
+    bandwidth = bench.found["limits"]["bandwidth"]
+    cases = {} if bench.given.no_checks else SMALL | LARGE
+    for name, case in cases.items():
+        if bench.late(90):
+            break
+        try:
+            bench.note(f"check {name}", check(case))
+        except Exception as error:
+            bench.note(f"check {name}", f"{type(error).__name__}: {error}"[:600])
+    for kind in bench.given.kinds:
+        if bench.late(15):
+            break
+        case = dataclasses.replace(LLAMA, weight=None if kind == "bfloat16" else kind)
+        for whole in (True, False):
+            name = f"{kind} {'whole' if whole else 'apart'}"
+            try:
+                function, given, nbytes = chain(case, whole)
+                us, given = timed(function, given)
+                limit = 1e6 * nbytes / bandwidth
+                bench.note(name, {"us": us, "limit_us": limit, "share": limit / us, "layers": LAYERS})
+            except Exception as error:
+                bench.note(name, f"{type(error).__name__}: {error}"[:600])
+            if whole and bench.given.ablate and not bench.late(25):
+                ablate(bench, kind, case)
+            del given
+
+
+def ablate(bench: Bench, kind: str, case: Any) -> None:
+    """The kernel with parts left out, or with another ring."""
+    arguments, rotary = operands(case, seed=None)
+    plan = plan_of(*arguments[:3], arguments[3], rotary=rotary, **static(case))
+    bench.note(f"{kind} plan", {"stages": plan.stages, "splits": plan.splits, "shared": plan.shared})
+    wait, attend, by_stages = layer_threads.Meeting.wait, layer_mosaic.attend, plan.stages
+    for name in ("no attention", "no meetings", "neither", "half the ring", "4 stages"):
+        jax.clear_caches()
+        if name in ("no attention", "neither"):
+            layer_mosaic.attend = lambda *_: None
+        if name in ("no meetings", "neither"):
+            layer_threads.Meeting.wait = lambda self: self.o.sync()  # type: ignore[method-assign]
+        if name in ("half the ring", "4 stages"):
+            import pallas_kernels.decoder_layer as module
+
+            stages = by_stages // 2 if name == "half the ring" else 4
+            kept = module.divided
+            module.divided = lambda plan, kept=kept, stages=stages: dataclasses.replace(kept(plan), stages=stages)
+        try:
+            function, given, _ = chain(case, True)
+            us, given = timed(function, given)
+            bench.note(f"{kind} {name}", us)
+        except Exception as error:
+            bench.note(f"{kind} {name}", f"{type(error).__name__}: {error}"[:300])
+        layer_threads.Meeting.wait, layer_mosaic.attend = wait, attend  # type: ignore[method-assign]
+        if name in ("half the ring", "4 stages"):
+            module.divided = kept
+    jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What one thread of the kernel of a decoder layer does for attention: of one token a sequence, over KV blocks.
+
+A unit is a sequence, a key head and one of the ``splits`` of its keys; a block of threads takes every ``blocks``-th. Its
+warps take ``tokens`` keys at a time. A lane loads 8 entries of a key or value, all of its loads before the first is
+used; lanes that share a key add their products up. What the warps have found is put together in shared memory, what
+the splits have by whichever block is the last of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels.attention import BLOCK_SIZE
+from pallas_kernels.layer_plan import THREADS, WARPS, LayerPlan
+
+NEVER = -1e30
+"""A score that is none; finite, since it is subtracted from itself."""
+
+LOG2E = 1.4426950408889634
+
+COUNTERS = 32
+"""Where in the workspace the counters of splits begin."""
+
+
+def attend(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -> None:
+    """Attend for the block's units."""
+    units = plan.m * plan.groups * plan.splits
+    count = (o.constant(plan.blocks - 1 + units) - o.block) // plan.blocks
+
+    def unit(i: Any, carry: list[Any]) -> list[Any]:
+        one = o.block + i * plan.blocks
+        whose, split = (one // plan.splits, one % plan.splits) if plan.splits > 1 else (one, o.constant(0))
+        _put_down(o, plan, smem, _of_warp(o, plan, ref, whose, split))
+        o.sync()
+        _together(o, plan, ref, smem, whose, split)
+        o.sync()
+        return carry
+
+    o.loop(count, [], unit)
+
+
+def _of_warp(o: Any, plan: LayerPlan, ref: dict[str, Any], whose: Any, split: Any) -> list[list[Any]]:
+    """What a warp finds in its keys: for each query head its lane's 8 entries, the largest score and the sum."""
+    sequence, group = whose // plan.groups, whose % plan.groups
+    lanes = plan.dim // 8  # that share a key
+    rows = 32 // lanes
+    loads, heads = plan.tokens // rows, range(plan.per_group)
+    length = o.load_memory(o.memory(ref["lengths"]) + o.wide(sequence) * 4)[0]
+    first = o.constant(0)
+    if plan.window is not None:
+        first = o.select(length < plan.window, 0, length - plan.window)
+    begin, end = first // plan.tokens, (length + (plan.tokens - 1)) // plan.tokens
+    whole = end - begin
+    low, high = begin + whole * split // plan.splits, begin + whole * (split + 1) // plan.splits
+    mine = low + o.warp
+    count = (high + (WARPS - 1) - mine) // WARPS  # the first is at most 15 more than the last
+    queries = []
+    for head in heads:
+        at = (whose * plan.per_group + head) * plan.dim + o.lane % lanes * 8
+        words = o.load_memory(o.memory(ref["query"]) + o.wide(at) * 2, 4)
+        queries.append([v * (plan.scale * LOG2E) for word in words for v in o.unpack(plan.kind, word)])
+    table = o.memory(ref["tables"]) + o.wide(sequence * plan.width) * 4
+    own_row = o.lane // lanes
+
+    def step(i: Any, carry: list[Any]) -> list[Any]:
+        token = (mine + i * WARPS) * plan.tokens
+        block = o.load_memory(table + o.wide(token // BLOCK_SIZE) * 4)[0]
+        row = (block * plan.groups + group) * BLOCK_SIZE + token % BLOCK_SIZE + own_row
+        at = o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16)
+        found = {}
+        for name in ("keys", "values"):
+            start = o.memory(ref[name]) + at
+            found[name] = [o.load_memory(start + load * rows * plan.dim * 2, 4) for load in range(loads)]
+        seen = []
+        for load in range(loads):
+            place = token + own_row + load * rows
+            inside = place < length
+            seen.append(inside if plan.window is None else inside & (first < place + 1))
+        scores: list[list[Any]] = [[] for _ in heads]
+        for load in range(loads):
+            key = [v for word in found["keys"][load] for v in o.unpack(plan.kind, word)]
+            for head in heads:
+                score = key[0] * queries[head][0]
+                for a, b in zip(key[1:], queries[head][1:], strict=True):
+                    score = o.fma(a, b, score)
+                scores[head].append(score)
+        weights, state = [], []
+        for head in heads:
+            largest, total = carry[10 * head], carry[10 * head + 1]
+            own = scores[head]
+            for apart in (1, 2, 4, 8, 16):
+                if apart < lanes:
+                    own = [score + o.across(score, apart) for score in own]
+            own = [o.select(inside, score, NEVER) for inside, score in zip(seen, own, strict=True)]
+            top = largest
+            for score in own:
+                top = o.maximum(top, score)
+            for apart in (1, 2, 4, 8, 16):
+                if apart >= lanes:
+                    top = o.maximum(top, o.across(top, apart))
+            weight = [o.select(inside, o.exp2(score - top), 0.0) for inside, score in zip(seen, own, strict=True)]
+            less = o.exp2(largest - top)
+            total = total * less
+            for value in weight:
+                total = total + value
+            weights.append(weight)
+            state.append([top, total, *(value * less for value in carry[10 * head + 2 : 10 * head + 10])])
+        for load in range(loads):
+            # What lies behind a sequence's end may be anything, NaN included.
+            words = [o.select(seen[load], word, 0) for word in found["values"][load]]
+            value = [v for word in words for v in o.unpack(plan.kind, word)]
+            for head in heads:
+                state[head][2:] = [
+                    o.fma(weights[head][load], a, b) for a, b in zip(value, state[head][2:], strict=True)
+                ]
+        return [value for head in state for value in head]
+
+    start = [o.constant(NEVER), *[o.constant(0.0)] * 9] * plan.per_group
+    carry = o.loop(count, start, step)
+    found = []
+    for head in heads:
+        largest, *sums = carry[10 * head : 10 * head + 10]
+        for apart in (1, 2, 4, 8, 16):
+            if apart >= lanes:
+                sums = [value + o.across(value, apart) for value in sums]
+        found.append([largest, *sums])
+    return found
+
+
+def _put_down(o: Any, plan: LayerPlan, smem: dict[str, Any], found: list[list[Any]]) -> None:
+    """Keep what a warp has found: [warp, head, entry], and after all of them [warp, head, 2]."""
+    base, lanes = o.shared(smem["staged"]), plan.dim // 8
+    beside = base + WARPS * plan.per_group * plan.dim * 4
+    for head, (largest, total, *values) in enumerate(found):
+        number = o.warp * plan.per_group + head
+
+        def keep(number: Any = number, largest: Any = largest, total: Any = total, values: Any = values) -> None:
+            at = base + (number * plan.dim + o.lane * 8) * 4
+            o.store_shared(at, values[:4])
+            o.store_shared(at + 16, values[4:])
+            o.store_shared(beside + number * 8, [largest])  # by all: it is the same
+            o.store_shared(beside + number * 8 + 4, [total])
+
+        o.when(o.lane < lanes, keep)
+
+
+def _put_together(o: Any, parts: list[tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
+    """Largest score, sum and weighted values of all parts from those of each."""
+    top = parts[0][0]
+    for largest, _, _ in parts[1:]:
+        top = o.maximum(top, largest)
+    total = value = o.constant(0.0)
+    for largest, one, entry in parts:
+        factor = o.exp2(largest - top)
+        total, value = o.fma(factor, one, total), o.fma(factor, entry, value)
+    return top, total, value
+
+
+def _together(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any], whose: Any, split: Any) -> None:
+    """Put what the warps have found together, and as the last of a sequence's splits, what those have."""
+    size = plan.per_group * plan.dim
+    active = o.thread < size
+    thread = o.select(active, o.thread, 0) if size < THREADS else o.thread
+    head = thread // plan.dim
+    base = o.shared(smem["staged"])
+    beside = base + WARPS * size * 4
+    parts = []
+    for warp in range(WARPS):
+        largest, total = (o.float_of(w) for w in o.load_shared(beside + (head + warp * plan.per_group) * 8, 2))
+        value = o.float_of(o.load_shared(base + (thread + warp * size) * 4)[0])
+        parts.append((largest, total, value))
+    top, total, value = _put_together(o, parts)
+    target = o.memory(ref["attended"]) + o.wide(whose * size + thread) * 2
+
+    def write(total: Any, value: Any, where: Any) -> None:
+        o.store_half(plan.kind, target, o.select(o.constant(0.0) < total, o.divide(value, total), 0.0), where)
+
+    if plan.splits == 1:
+        write(total, value, active)
+        return
+    memory, sizes = o.memory(ref["partial"]), o.memory(ref["partial_sizes"])
+
+    def leave() -> None:
+        number = whose * plan.splits + split
+        o.store_memory(memory + o.wide(number * size + thread) * 4, [value])
+        o.store_memory(sizes + o.wide((number * plan.per_group + head) * 2) * 4, [top, total])  # by all of a head
+
+    o.when(active, leave)
+    o.sync()
+    flag = o.shared(smem["scratch"])
+
+    def come() -> None:
+        counter = o.memory(ref["counters"]) + o.wide(whose + COUNTERS) * 4
+        o.store_shared(flag, [o.count(counter)])
+
+    o.when(o.thread < 1, come)
+    o.sync()
+    last = o.equal(o.load_shared(flag)[0] % plan.splits, plan.splits - 1)
+
+    def finish() -> None:
+        parts = []
+        for i in range(plan.splits):  # all loads before the first is used
+            number = whose * plan.splits + i
+            entry = o.float_of(o.load_memory(memory + o.wide(number * size + thread) * 4)[0])
+            at = sizes + o.wide((number * plan.per_group + head) * 2) * 4
+            largest, one = (o.float_of(word) for word in o.load_memory(at, 2))
+            parts.append((largest, one, entry))
+        _, total, value = _put_together(o, parts)
+        write(total, value, active)
+
+    o.when(last, finish)

@@ -1,0 +1,251 @@
+"""How the kernel of a decoder layer divides its work: products in tiles of channels, attention in splits of the keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from pallas_kernels.attention import BLOCK_SIZE
+from pallas_kernels.skinny_gemm import SMEM_PER_SM, SMS, Activation
+
+WARPS = 16
+THREADS = 32 * WARPS
+CHUNK = 64
+"""Bytes of a channel that a warp takes at once: 16 for each of the four lanes that share a channel."""
+
+ENTRY = 48
+"""Bytes of what shared memory says of a tile: where its weights and factors lie."""
+
+MAX_SPLITS = 16
+"""Parts of a sequence's keys: a thread has what all of them found in registers when it puts them together."""
+
+PAIRS = 8
+"""Pairs of channels of a tile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A normalisation before a product; its vectors are operands.
+
+    Attributes:
+        kind: ``rms`` or ``layer``.
+        eps: added to the mean square.
+        scaled, shifted: whether there are a scale and a bias.
+        unit_offset: whether one is added to the scale.
+    """
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    scaled: bool
+    shifted: bool
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product with a weight [channels, inputs], whose channels come in pairs, ``apart`` one from the other.
+
+    A tile is 8 pairs. The two of a pair are what an epilogue needs at once: the gate of a channel and its value, or the
+    two entries of a head that a rotation mixes.
+
+    Attributes:
+        channels: rows of the weight, both halves of a gated one.
+        inputs: its columns.
+        apart: distance of the two channels of a pair.
+        halves: 2 for a gated weight.
+        bits: of an entry.
+        group: inputs that share a factor; 0 if all of a channel do, or there is none.
+    """
+
+    channels: int
+    inputs: int
+    apart: int
+    halves: int
+    bits: int
+    group: int
+
+    @property
+    def line(self) -> int:
+        """Bytes of a channel."""
+        return self.inputs * self.bits // 8
+
+    @property
+    def span(self) -> int:
+        """Inputs of a chunk."""
+        return CHUNK * 8 // self.bits
+
+    @property
+    def steps(self) -> int:
+        """Chunks of each channel that a warp takes; the last may be beyond the channel and then of zeros."""
+        return -(-self.line // (CHUNK * WARPS))
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 8 pairs."""
+        return self.channels // (2 * PAIRS)
+
+    @property
+    def staged(self) -> int:
+        """Inputs of a row of x as it is staged, zeros at its end included."""
+        return self.steps * WARPS * self.span
+
+    def problem(self, name: str) -> str | None:
+        """Why the kernel cannot run it, or None."""
+        if self.line % 16 or self.inputs % 8:
+            return f"{self.inputs} inputs of {name}, whose channels are not of whole 16 bytes"
+        if self.apart % PAIRS or self.channels % (2 * self.apart):
+            return f"{self.channels} channels of {name}, which {2 * self.apart} does not divide"
+        if self.group and (self.span % self.group or self.inputs % self.group):
+            return f"groups of {self.group} inputs of {name}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What the kernel computes, and how it is divided.
+
+    Attributes:
+        m: sequences, one token each.
+        hidden: size of the stream.
+        groups: key heads.
+        per_group: query heads of each.
+        dim: entries of a head.
+        width: blocks of a row of the block tables.
+        products: of query, key and value; of the attention's output; up; down.
+        norms: before the first product, and before the third.
+        biased: for each product, whether a bias is added.
+        weight: dtype of the weights.
+        kind: ``bf16`` or ``f16``, of everything else.
+        activation: of the MLP.
+        rotary: whether queries and keys are rotated, by halves.
+        scale: of the scores.
+        window: a query sees itself and the ``window - 1`` keys before it; None: all.
+        blocks: of the grid; all are there at once, one on each SM.
+        splits: parts of a sequence's keys.
+        stages: chunks in the ring of a warp.
+    """
+
+    m: int
+    hidden: int
+    groups: int
+    per_group: int
+    dim: int
+    width: int
+    products: tuple[Product, Product, Product, Product]
+    norms: tuple[Norm, Norm]
+    biased: tuple[bool, bool, bool, bool]
+    weight: str
+    kind: str
+    activation: Activation | None
+    rotary: bool
+    scale: float
+    window: int | None
+    blocks: int = SMS
+    splits: int = 1
+    stages: int = 2
+
+    @property
+    def bits(self) -> int:
+        """Bits of an entry of the weights."""
+        return self.products[0].bits
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights have factors."""
+        return self.bits < 16
+
+    @property
+    def runs(self) -> int:
+        """Runs of 8 consecutive inputs that a thread has of a chunk."""
+        return self.products[0].span // 32
+
+    @property
+    def factors(self) -> int:
+        """Groups of a chunk."""
+        return self.products[0].span // self.products[0].group if self.products[0].group else 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP is."""
+        return self.products[2].halves == 2
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        """Tiles of a block, of each product: the most that any has."""
+        return tuple(-(-product.tiles // self.blocks) for product in self.products)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each product's tiles begin to be dealt out: behind where those before it ended, so that loads even out."""
+        ends = [0]
+        for product in self.products[:-1]:
+            ends.append((ends[-1] + product.tiles) % self.blocks)
+        return tuple(ends)
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a stage of the ring: two channels a thread, 16 bytes of each and their groups' factors."""
+        return 2 * (16 + 4 * self.factors) * THREADS
+
+    @property
+    def x_line(self) -> int:
+        """Bytes of a staged row. Two rows that are read at once start in different halves of the banks."""
+        return 2 * max(product.staged for product in self.products) + (64 if self.m > 1 else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Keys that a warp takes at once."""
+        rows = 256 // self.dim  # of one load by all lanes
+        return rows * (8 if self.per_group <= 2 else 4)
+
+    @property
+    def staging(self) -> int:
+        """Bytes of staged rows; and, when there are none, of what the warps have attended to."""
+        return max(self.m * self.x_line, WARPS * self.per_group * (self.dim + 2) * 4)
+
+    @property
+    def sums(self) -> int:
+        """Bytes of what the warps add up: [tile, warp, token, channel]."""
+        return max(self.most) * WARPS * self.m * 2 * PAIRS * 4
+
+    @property
+    def table(self) -> int:
+        """Bytes of what is said of the block's tiles, and of the one after the last."""
+        return (sum(self.most) + 1) * ENTRY
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of what the warps tell each other."""
+        return max(2 * self.m * WARPS * 4, 16)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory; each array may be moved up to the next multiple of 1024."""
+        arrays = (self.stages * self.stage, self.staging, self.sums, self.table, self.scratch)
+        return sum(-(-size // 1024) * 1024 for size in arrays)
+
+    def problem(self) -> str | None:
+        """Why the kernel cannot run it, or None; apart from dtypes, which :func:`layer_choice` knows."""
+        for name, product in zip(("query, key and value", "out", "up", "down"), self.products, strict=True):
+            problem = product.problem(name)
+            if problem is not None:
+                return problem
+        if self.dim not in (64, 128, 256):
+            return f"head_dim {self.dim}"
+        if self.per_group > 4 or self.per_group * self.dim > THREADS:
+            return f"{self.per_group} query heads a key head with head_dim {self.dim}"
+        if max(self.most) * PAIRS * self.m > THREADS:
+            return f"{self.m} sequences with {max(product.channels for product in self.products)} channels"
+        if self.shared > SMEM_PER_SM - 1024:
+            return f"{self.m} sequences with {max(product.inputs for product in self.products)} inputs"
+        return None
+
+
+def divided(plan: LayerPlan) -> LayerPlan:
+    """The plan with splits and stages chosen: all SMs attend, and the ring is what shared memory has left."""
+    units = plan.m * plan.groups
+    splits = max(1, min(MAX_SPLITS, plan.blocks // units, plan.width * BLOCK_SIZE // (WARPS // 2 * plan.tokens)))
+    plan = dataclasses.replace(plan, splits=splits, stages=2)
+    room = SMEM_PER_SM - 1024 - (plan.shared - 2 * plan.stage)
+    return dataclasses.replace(plan, stages=max(2, min(24, room // plan.stage)))

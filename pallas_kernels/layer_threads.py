@@ -1,0 +1,525 @@
+"""What one thread of the kernel of a decoder layer does for its products: fetch, stage x, multiply, finish.
+
+``o`` is :class:`pallas_kernels.registers.Registers`, or what the tests have in its place; ``ref`` names the arrays in
+memory, ``smem`` those in shared memory. The idea is described in :mod:`pallas_kernels.decoder_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pallas_kernels.attention import BLOCK_SIZE
+from pallas_kernels.layer_plan import CHUNK, ENTRY, PAIRS, THREADS, WARPS, LayerPlan, Norm, Product
+from pallas_kernels.quantized_threads import ordered, run_order, widen
+
+QKV, OUT, UP, DOWN = range(4)
+NAMES = ("qkv", "out", "up", "down")
+
+
+def tiles_of(o: Any, plan: LayerPlan, which: int) -> tuple[Any, Any]:
+    """The block's first tile of a product, and how many it has: every ``blocks``-th."""
+    start = (o.block + plan.starts[which]) % plan.blocks
+    return start, (o.constant(plan.products[which].tiles + plan.blocks - 1) - start) // plan.blocks
+
+
+def channel_of(product: Product, tile: Any) -> Any:
+    """The first channel of a tile."""
+    per = product.apart // PAIRS
+    return tile // per * (2 * product.apart) + tile % per * PAIRS
+
+
+class Stream:
+    """What keeps the ring of a thread full: the weights of all the block's tiles, one product's after another's.
+
+    A cursor is the tile in the table and the step in it; it runs ahead of what is multiplied, and does not wait where
+    the products wait for each other.
+    """
+
+    def __init__(self, o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -> None:
+        self.o, self.plan = o, plan
+        self.ring, self.table = o.shared(smem["ring"]), o.shared(smem["table"])
+        self.row, self.column = o.lane // 4, o.lane % 4 * 16
+        offset = o.constant(0)
+        for which, product in enumerate(plan.products):
+            start, count = tiles_of(o, plan, which)
+            tile = start + o.thread * plan.blocks
+            low = channel_of(product, tile)
+            weight = o.memory(ref[NAMES[which]]) + o.wide(low) * product.line
+            words = [*o.halves(weight), o.constant(product.line), o.constant(product.apart * product.line)]
+            words += [o.constant(product.steps)]
+            if plan.factors:
+                each = product.channels // product.halves  # of a row of factors
+                factors = o.memory(ref[NAMES[which] + "_factors"]) + o.wide(low) * 4
+                apart = product.apart if product.halves == 1 else product.inputs // product.group * each
+                words += [*o.halves(factors), o.constant(apart * 4), o.constant(each * 4)]
+            words += [o.constant(0)] * (12 - len(words))
+            at = self.table + (offset + o.thread) * ENTRY
+
+            def enter(at: Any = at, words: list[Any] = words) -> None:
+                for i in range(0, 12, 4):
+                    o.store_shared(at + 4 * i, words[i : i + 4])
+
+            o.when(o.thread < count, enter)
+            offset = offset + count
+
+        def end() -> None:  # lines of no bytes, for ever
+            last = self.table + offset * ENTRY
+            weight = o.halves(o.memory(ref[NAMES[QKV]]))
+            zero, never = o.constant(0), o.constant(1 << 30)
+            o.store_shared(last, [*weight, zero, zero])
+            o.store_shared(last + 16, [never, *weight, zero])
+            o.store_shared(last + 32, [zero] * 4)
+
+        o.when(o.thread < 1, end)
+        o.sync()
+
+    def fill(self) -> list[Any]:
+        """Start to copy as much as the ring holds; return the cursor."""
+        o, plan = self.o, self.plan
+        zero = o.constant(0)
+
+        def fetch(_: Any, carry: list[Any]) -> list[Any]:
+            return [carry[0] + plan.stage, *self(*carry)]
+
+        return list(o.loop(plan.stages, [zero, zero, zero], fetch)[1:])
+
+    def __call__(self, slot: Any, entry: Any, step: Any) -> list[Any]:
+        """Start to copy what the cursor stands at into the slot at an offset of the ring, and move it on."""
+        o, plan = self.o, self.plan
+        at = self.table + entry * ENTRY
+        low, high, line, apart = o.load_shared(at, 4)
+        steps, factors_low, factors_high, factors_apart = o.load_shared(at + 16, 4)
+        chunk = step * WARPS + o.warp
+        offset = chunk * CHUNK + self.column
+        inside = offset < line
+        source = o.address(low, high) + o.wide(self.row * line + offset)
+        target = self.ring + slot + o.thread * 16
+        valid = o.select(inside, 16, o.constant(0))
+        for half in range(2):
+            o.copy_async(target + half * 16 * THREADS, source + o.wide(apart) if half else source, 16, valid)
+        if plan.factors:
+            across = o.load_shared(at + 32)[0]
+            beside = self.ring + slot + 2 * 16 * THREADS + o.thread * 4
+            for group in range(plan.factors):
+                index = chunk * plan.factors + group
+                # The bytes before the group's are there wherever the group is.
+                there = index * (CHUNK // plan.factors) < line
+                size = o.select(there, 4, o.constant(0))
+                source = o.address(factors_low, factors_high) + o.wide(index) * o.wide(across) + o.wide(self.row * 4)
+                for half in range(2):
+                    goal = beside + (2 * group + half) * 4 * THREADS
+                    o.copy_async(goal, source + o.wide(factors_apart) if half else source, 4, size)
+        o.commit_copies()
+        step = step + 1
+        more = step < steps
+        return [o.select(more, entry, entry + 1), o.select(more, step, 0)]
+
+
+def vectors_of_norm(o: Any, plan: LayerPlan, which: int, ref: dict[str, Any]) -> list[Any]:
+    """What a thread needs of the scale and bias of the norm before a product: words of its runs."""
+    norm = plan.norms[which // 2]
+    found = []
+    for run, inside in runs_of(o, plan.products[which]):
+        at = o.wide(o.select(inside, run, 0)) * 16
+        for name, there in (("scale", norm.scaled), ("shift", norm.shifted)):
+            if there:
+                found += o.load_memory(o.memory(ref[f"{NAMES[which]}_{name}"]) + at, 4)
+    return found
+
+
+def runs_of(o: Any, product: Product) -> list[tuple[Any, Any]]:
+    """The runs of 8 inputs that a thread stages, and whether the input has them."""
+    found = []
+    for i in range(-(-product.staged // 8 // THREADS)):
+        run = o.thread + i * THREADS
+        found.append((run, run < product.inputs // 8))
+    return found
+
+
+def place_of(o: Any, plan: LayerPlan, product: Product, run: Any) -> Any:
+    """Where a run is staged: of a chunk, the thread that multiplies it, and which of its runs it is."""
+    lanes = plan.runs
+    chunk, within = run // (4 * lanes), run % (4 * lanes)
+    place = (chunk * (4 * lanes) + within % lanes * 4 + within // lanes) * 16
+    last = product.staged // 8
+    # Of the last runs some have no place: they repeat one that is of zeros, or the last.
+    return o.select(run < last, place, (last - 1) * 16) if last % THREADS else place
+
+
+def stage(
+    o: Any, plan: LayerPlan, which: int, x: Any, vectors: list[Any], ref: dict[str, Any], smem: dict[str, Any]
+) -> None:
+    """Put x, normalised, into shared memory in the order in which it is multiplied."""
+    product = plan.products[which]
+    norm = plan.norms[which // 2] if which in (QKV, UP) else None
+    x, staged, order = o.memory(x), o.shared(smem["staged"]), run_order(plan.bits)
+    runs = runs_of(o, product)
+    words = []
+    for token in range(plan.m):
+        for run, inside in runs:
+            at = o.wide(o.select(inside, run, 0) * 16 + token * product.inputs * 2)
+            words.append([o.select(inside, word, 0) for word in o.load_memory(x + at, 4)])
+    sizes = _sizes(o, plan, norm, product.inputs, words, smem) if norm is not None else []
+    last = product.staged // 8
+    for i, (run, inside) in enumerate(runs):
+        place = place_of(o, plan, product, run)
+        beside = vectors[i * (len(vectors) // len(runs)) : (i + 1) * (len(vectors) // len(runs))]
+        for token in range(plan.m):
+            own = words[token * len(runs) + i]
+            if norm is not None:
+                own = _normed(o, plan, norm, own, sizes[token], beside, order, inside)
+            else:
+                own = ordered(o, own, order)
+            at = staged + token * plan.x_line + place
+            if last % THREADS and (i + 1) * THREADS > last:
+                o.when(run < last, lambda at=at, own=own: o.store_shared(at, own))
+            else:
+                o.store_shared(at, own)
+
+
+def _sizes(
+    o: Any, plan: LayerPlan, norm: Norm, inputs: int, words: list[list[Any]], smem: dict[str, Any]
+) -> list[tuple[Any, Any]]:
+    """Mean (None where it is not subtracted) and one over the size of each token, from what all threads have of it."""
+    scratch, each = o.shared(smem["scratch"]), len(words) // plan.m
+    totals = []
+    for token in range(plan.m):
+        total, square = o.constant(0.0), o.constant(0.0)
+        for run in words[token * each : (token + 1) * each]:
+            for word in run:
+                for value in o.unpack(plan.kind, word):
+                    total, square = total + value, o.fma(value, value, square)
+        totals += [total, square]
+    for lanes in (16, 8, 4, 2, 1):
+        totals = [total + o.across(total, lanes) for total in totals]
+    for i, total in enumerate(totals):  # by all lanes: it is the same
+        o.store_shared(scratch + i * WARPS * 4 + o.warp * 4, [total])
+    o.sync()
+    found = []
+    for token in range(plan.m):
+        both = []
+        for i in range(2):
+            parts = [
+                o.float_of(part)
+                for j in range(0, WARPS, 4)
+                for part in o.load_shared(scratch + ((2 * token + i) * WARPS + j) * 4, 4)
+            ]
+            while len(parts) > 1:
+                parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            both.append(parts[0] * (1.0 / inputs))
+        mean, square = both
+        if norm.kind == "layer":
+            square = o.maximum(square - mean * mean, 0.0)
+        found.append((mean if norm.kind == "layer" else None, o.rsqrt(square + norm.eps)))
+    return found
+
+
+def _normed(
+    o: Any,
+    plan: LayerPlan,
+    norm: Norm,
+    words: list[Any],
+    size: tuple[Any, Any],
+    beside: list[Any],
+    order: list[int],
+    inside: Any,
+) -> list[Any]:
+    """Eight inputs, normalised."""
+    mean, factor = size
+    wide = [value for word in words for value in o.unpack(plan.kind, word)]
+    if mean is not None:
+        wide = [value - mean for value in wide]
+    wide = [value * factor for value in wide]
+    if norm.scaled:
+        scale = [value for word in beside[:4] for value in o.unpack(plan.kind, word)]
+        offset = 1.0 if norm.unit_offset else 0.0
+        wide = [v * (s + offset if offset else s) for v, s in zip(wide, scale, strict=True)]
+    if norm.shifted:
+        shift = [value for word in beside[-4:] for value in o.unpack(plan.kind, word)]
+        wide = [v + s for v, s in zip(wide, shift, strict=True)]
+    wide = [wide[i] for i in order]
+    pairs = [o.pack(plan.kind, *wide[i : i + 2]) for i in range(0, 8, 2)]
+    return [o.select(inside, pair, 0) for pair in pairs]
+
+
+def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str, Any], carry: list[Any]) -> list[Any]:
+    """Multiply the block's tiles of a product, and put each warp's sums into shared memory.
+
+    Args:
+        o, plan, which, stream, smem: as elsewhere here.
+        carry: the slot of the ring that is multiplied next, and the cursor; what is returned.
+    """
+    product, (_, count) = plan.products[which], tiles_of(o, plan, which)
+    row, column = o.lane // 4, o.lane % 4
+    token = o.shared(smem["staged"]) + column * 16
+    if plan.m > 1:
+        token = token + o.select(row < plan.m, row, plan.m - 1) * plan.x_line
+    zero = o.constant(0.0)
+
+    def products(totals: Sequence[Any], words: list[list[Any]], pairs: list[list[Any]]) -> list[Any]:
+        totals = list(totals)
+        low, high = ([part for word in half for part in widen_any(o, plan, word)] for half in words)
+        for i in range(len(low) // 2):
+            a = [low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]]
+            totals = o.mma(plan.kind, a, pairs[i], totals)
+        return totals
+
+    def step(i: Any, carry: list[Any]) -> list[Any]:
+        slot, entry, at, totals = *carry[:3], carry[3:]
+        o.wait_copies(plan.stages - 1)
+        own = stream.ring + slot + o.thread * 16
+        words = [o.load_shared(own + half * 16 * THREADS, 4) for half in range(2)]
+        chunk = token + (i * WARPS + o.warp) * (product.span * 2)
+        runs = [o.load_shared(chunk + run * 64, 4) for run in range(plan.runs)]
+        pairs = [run[j : j + 2] for run in runs for j in (0, 2)]
+        if not plan.factors:
+            totals = products(totals, words, pairs)
+        for group in range(plan.factors):
+            kept = pairs
+            if plan.factors == 2:
+                # Lanes 0 and 1 of the four that share a channel have the first group, 2 and 3 the second.
+                own_group = (column < 2) if group == 0 else (column - 2 < 2)
+                kept = [[o.select(own_group, word, 0) for word in pair] for pair in pairs]
+            found = products([zero] * 4, words, kept)
+            beside = stream.ring + slot + 2 * 16 * THREADS + o.thread * 4
+            factors = [o.float_of(o.load_shared(beside + (2 * group + half) * 4 * THREADS)[0]) for half in range(2)]
+            totals = [o.fma(found[j], factors[j // 2], totals[j]) for j in range(4)]
+        cursor = stream(slot, entry, at)
+        following = slot + plan.stage
+        following = o.select(following < plan.stages * plan.stage, following, 0)
+        return [following, *cursor, *totals]
+
+    base = o.shared(smem["sums"]) + o.warp * (plan.m * 2 * PAIRS * 4) + row * 4
+
+    def tile(i: Any, carry: list[Any]) -> list[Any]:
+        found = o.loop(product.steps, [*carry, *[zero] * 4], step)
+        at = base + i * (WARPS * plan.m * 2 * PAIRS * 4)
+        for j in range(min(2, plan.m)):
+            own = column * 2 + j
+
+            def keep(j: int = j, own: Any = own) -> None:
+                for half in range(2):
+                    o.store_shared(at + own * (2 * PAIRS * 4) + half * PAIRS * 4, [found[3 + 2 * half + j]])
+
+            o.when(own < plan.m, keep)
+        return list(found[:3])
+
+    return list(o.loop(count, carry, tile))
+
+
+def widen_any(o: Any, plan: LayerPlan, word: Any) -> list[Any]:
+    """As :func:`pallas_kernels.quantized_threads.widen`, of any weight."""
+    return [word] if plan.bits == 16 else widen(o, plan, word)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a thread finishes of a product: a pair of channels of a token."""
+
+    active: Any
+    slot: Any
+    token: Any
+    pair: Any
+    low: Any
+    high: Any
+
+    @staticmethod
+    def of(o: Any, plan: LayerPlan, which: int) -> Result:
+        """The thread's."""
+        product, (start, count) = plan.products[which], tiles_of(o, plan, which)
+        active = o.thread < count * (PAIRS * plan.m)
+        slot = o.select(active, o.thread // (PAIRS * plan.m), 0)
+        token, pair = o.thread // PAIRS % plan.m, o.thread % PAIRS
+        tile = start + slot * plan.blocks
+        if plan.products[which].tiles < plan.blocks:
+            tile = o.select(tile < product.tiles, tile, 0)
+        low = channel_of(product, tile) + pair
+        return Result(active, slot, token, pair, low, low + product.apart)
+
+    def sums(self, o: Any, plan: LayerPlan, smem: dict[str, Any]) -> list[Any]:
+        """The products of the two channels, from the sums of all warps."""
+        each = plan.m * 2 * PAIRS * 4
+        base = o.shared(smem["sums"]) + self.slot * (WARPS * each) + self.token * (2 * PAIRS * 4) + self.pair * 4
+        found = []
+        for half in range(2):
+            parts = [
+                o.float_of(o.load_shared(base + warp * each + half * PAIRS * 4)[0]) for warp in range(WARPS)
+            ]
+            while len(parts) > 1:
+                parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            found.append(parts[0])
+        return found
+
+
+def vectors_of_result(
+    o: Any, plan: LayerPlan, which: int, result: Result, ref: dict[str, Any]
+) -> tuple[list[Any] | None, list[Any] | None]:
+    """Factors and biases of the two channels, or None where there are none."""
+    name, channels = NAMES[which], (result.low, result.high)
+    factors = biases = None
+    if plan.quantized and not plan.factors:
+        memory = o.memory(ref[f"{name}_factors"])
+        factors = [o.float_of(o.load_memory(memory + o.wide(channel) * 4)[0]) for channel in channels]
+    if plan.biased[which]:
+        memory = o.memory(ref[f"{name}_bias"])
+        biases = [o.load_half(plan.kind, memory + o.wide(channel) * 2) for channel in channels]
+    return factors, biases
+
+
+def affine(values: list[Any], factors: list[Any] | None, biases: list[Any] | None) -> list[Any]:
+    """Products times factors plus biases."""
+    if factors is not None:
+        values = [value * factor for value, factor in zip(values, factors, strict=True)]
+    if biases is not None:
+        values = [value + bias for value, bias in zip(values, biases, strict=True)]
+    return values
+
+
+def activate(o: Any, plan: LayerPlan, value: Any) -> Any:
+    """The activation of an f32, as :func:`pallas_kernels.skinny_gemm.activate` has it."""
+    log2e = 1.4426950408889634
+
+    def sigmoid_of(x: Any, factor: float) -> Any:
+        return o.divide(x, o.exp2(x * (-factor * log2e)) + 1.0)
+
+    match plan.activation:
+        case None:
+            return value
+        case "silu":
+            return sigmoid_of(value, 1.0)
+        case "quick_gelu":
+            return sigmoid_of(value, 1.702)
+        case "relu":
+            return o.maximum(value, 0.0)
+        case "gelu_tanh":
+            # Half of one plus a hyperbolic tangent is a logistic function of twice its argument.
+            inner = value * (o.fma(value * value, o.constant(0.044715), o.constant(1.0)) * 0.7978845608028654)
+            return o.divide(value, o.exp2(inner * (-2.0 * log2e)) + 1.0)
+    # Abramowitz and Stegun 7.1.26, as there.
+    x = value * 0.7071067811865476
+    a = o.maximum(x, x * -1.0)
+    t = o.divide(o.constant(1.0), o.fma(a, o.constant(0.3275911), o.constant(1.0)))
+    series = o.constant(1.061405429)
+    for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = o.fma(series, t, o.constant(factor))
+    y = o.constant(1.0) - series * t * o.exp2(a * a * -log2e)
+    y = o.select(x < 0.0, y * -1.0, y)
+    return value * 0.5 * (y + 1.0)
+
+
+def load_angles(o: Any, plan: LayerPlan, result: Result, ref: dict[str, Any]) -> list[Any]:
+    """Cosine and sine for a pair of channels of a head."""
+    entry = result.low % (plan.dim // 2)
+    at = o.wide(result.token * (plan.dim // 2) + entry) * 4
+    return [o.float_of(o.load_memory(o.memory(ref[name]) + at)[0]) for name in ("cos", "sin")]
+
+
+def finish_qkv(
+    o: Any, plan: LayerPlan, result: Result, values: list[Any], angles: list[Any] | None, ref: dict[str, Any]
+) -> None:
+    """Rotate queries and keys; queries go to memory, keys and values to their rows of the blocks."""
+    head, entry = result.low // plan.dim, result.low % plan.dim
+    group, which = head // (plan.per_group + 2), head % (plan.per_group + 2)
+    if angles is not None:
+        cos, sin = angles
+        turned = [values[0] * cos - values[1] * sin, values[1] * cos + values[0] * sin]
+        values = [o.select(which < plan.per_group + 1, a, b) for a, b in zip(turned, values, strict=True)]
+    query = o.memory(ref["query"])
+    at = (result.token * (plan.groups * plan.per_group) + group * plan.per_group + which) * plan.dim + entry
+    is_query = result.active & (which < plan.per_group)
+    slot = o.load_memory(o.memory(ref["slots"]) + o.wide(result.token) * 4)[0]
+    there = slot < (1 << 31)  # not negative
+    block, inside = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    row = o.wide((block * plan.groups + group) * BLOCK_SIZE + inside) * (plan.dim * 2) + o.wide(entry) * 2
+    for half in range(2):
+        apart = half * plan.products[QKV].apart
+        o.store_half(plan.kind, query + o.wide(at + apart) * 2, values[half], is_query)
+        for number, name in enumerate(("keys", "values")):
+            own = result.active & there & o.equal(which, plan.per_group + number)
+            o.store_half(plan.kind, o.memory(ref[name]) + row + apart * 2, values[half], own)
+
+
+def finish_row(
+    o: Any, plan: LayerPlan, which: int, result: Result, values: list[Any], added: list[Any] | None, target: Any
+) -> None:
+    """Write a row of the stream, or of what is between up and down."""
+    product = plan.products[which]
+    width = product.channels // product.halves
+    target = o.memory(target) + o.wide(result.token * width) * 2
+    if which == UP:
+        values = [activate(o, plan, values[0]), values[1] if plan.gated else activate(o, plan, values[1])]
+        if plan.gated:
+            values = [values[0] * values[1]]
+    if added is not None:
+        values = [value + more for value, more in zip(values, added, strict=True)]
+    for value, channel in zip(values, (result.low, result.high), strict=False):
+        o.store_half(plan.kind, target + o.wide(channel) * 2, value, result.active)
+
+
+def load_row(o: Any, plan: LayerPlan, result: Result, source: Any) -> list[Any]:
+    """The two channels of a row of the stream."""
+    at = o.memory(source) + o.wide(result.token * plan.hidden) * 2
+    return [o.load_half(plan.kind, at + o.wide(channel) * 2) for channel in (result.low, result.high)]
+
+
+class Meeting:
+    """Where the blocks of the grid wait for one another."""
+
+    def __init__(self, o: Any, plan: LayerPlan, counters: Any) -> None:
+        self.o, self.plan, self.number = o, plan, 0
+        self.counter = o.memory(counters)
+        # Nobody gets past the first meeting without this block, so the count is less than one meeting further.
+        self.base = o.load_memory(self.counter)[0] // plan.blocks * plan.blocks
+
+    def arrive(self) -> None:
+        """Say that the block has written what it had to."""
+        self.o.sync()
+        self.o.when(self.o.thread < 1, lambda: self.o.arrive(self.counter))
+        self.number += 1
+
+    def wait(self) -> None:
+        """Wait until all have."""
+        least = self.base + self.number * self.plan.blocks
+        self.o.when(self.o.thread < 1, lambda: self.o.await_count(self.counter, least))
+        self.o.sync()
+
+
+def run(
+    o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any], attend: Callable[..., None]
+) -> None:
+    """The whole layer.
+
+    What a thread needs of parameters is loaded before the block waits for the others, and so is what the epilogue
+    adds. The ring is full when the block begins to wait.
+    """
+    stream = Stream(o, plan, ref, smem)
+    carry = [o.constant(0), *stream.fill()]
+    meeting = Meeting(o, plan, ref["counters"])
+    sources = {QKV: "x", OUT: "attended", UP: "middle", DOWN: "between"}
+    beside = vectors_of_norm(o, plan, QKV, ref)
+    for which in (QKV, OUT, UP, DOWN):
+        if which != QKV:
+            meeting.wait()
+        stage(o, plan, which, ref[sources[which]], beside, ref, smem)
+        result = Result.of(o, plan, which)
+        factors, biases = vectors_of_result(o, plan, which, result, ref)
+        angles = load_angles(o, plan, result, ref) if which == QKV and plan.rotary else None
+        added = load_row(o, plan, result, ref["x" if which == OUT else "middle"]) if which in (OUT, DOWN) else None
+        o.sync()
+        carry = multiply(o, plan, which, stream, smem, carry)
+        o.sync()
+        values = affine(result.sums(o, plan, smem), factors, biases)
+        if which == QKV:
+            finish_qkv(o, plan, result, values, angles, ref)
+            meeting.arrive()
+            meeting.wait()
+            attend(o, plan, ref, smem)
+        else:
+            target = {OUT: "middle", UP: "between", DOWN: "result"}[which]
+            finish_row(o, plan, which, result, values, added, ref[target])
+        if which != DOWN:
+            meeting.arrive()
+            beside = vectors_of_norm(o, plan, UP, ref) if which == OUT else []
+    o.wait_copies(0)

@@ -1,0 +1,151 @@
+"""Decoder layers of several kinds: operands for the kernel's tests, and cases to compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.decoder_layer import LayerOperands, decoder_layer, workspace
+from pallas_kernels.skinny_gemm import InputNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    lengths: tuple[int, ...] = (150,)
+    hidden: int = 256
+    groups: int = 2
+    per_group: int = 1
+    dim: int = 64
+    wide: int = 352
+    gated: bool = True
+    norm: str = "rms"
+    biased: bool = False
+    activation: str = "silu"
+    rotary: bool = True
+    window: int | None = None
+    weight: str | None = None
+    dtype: str = "bfloat16"
+    width: int = 4
+
+
+SMALL = {
+    "plain": Case(),
+    "four sequences, of different lengths": Case(lengths=(1, 64, 0, 200), per_group=2),
+    "layer norms, biases, no rotation": Case(norm="layer", biased=True, gated=False, activation="relu", rotary=False),
+    "exact gelu, window": Case(gated=False, activation="gelu", window=37, lengths=(100, 12)),
+    "tanh gelu": Case(activation="gelu_tanh", groups=1, per_group=4),
+    "int8": Case(weight="int8", hidden=288, lengths=(70, 9)),
+    "fp8": Case(weight="fp8", wide=304),
+    "int4, groups of 128": Case(weight="int4", wide=384),
+    "int4, groups of 64": Case(weight="int4", hidden=192, wide=448, groups=1, per_group=3, lengths=(65, 5)),
+    "float16": Case(dtype="float16", dim=128, per_group=2, biased=True),
+    "heads of 256": Case(dim=256, groups=1, per_group=2, lengths=(130,)),
+}
+LLAMA = Case(hidden=4096, groups=32, dim=128, wide=11008, lengths=(512,), width=16)
+LARGE = {
+    "llama": LLAMA,
+    "llama int8": dataclasses.replace(LLAMA, weight="int8"),
+    "llama int4": dataclasses.replace(LLAMA, weight="int4"),
+    "llama fp8": dataclasses.replace(LLAMA, weight="fp8"),
+    "llama of four": dataclasses.replace(LLAMA, lengths=(512, 3, 100, 511)),
+    "llama grouped": dataclasses.replace(LLAMA, groups=8, per_group=4, wide=14336),
+    "opt": dataclasses.replace(
+        LLAMA, wide=16384, gated=False, norm="layer", biased=True, activation="relu", rotary=False
+    ),
+    "gpt2-xl": Case(
+        hidden=1600, groups=25, dim=64, wide=6400, gated=False, norm="layer", biased=True, activation="gelu_tanh",
+        rotary=False, lengths=(136,), width=4,
+    ),
+}  # fmt: skip
+
+
+def operands(case, seed=0):
+    """Everything :func:`decoder_layer` is given but the counters: arguments and the rotary angles."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.dtype(case.dtype)
+
+    def random(*shape, size=1.0):
+        if seed is None:
+            return jnp.zeros(shape, dtype)
+        return jnp.asarray(size * rng.standard_normal(shape, np.float32), dtype)
+
+    heads, inner = case.per_group + 2, case.groups * case.per_group * case.dim
+    lead = (2,) if case.gated else ()
+    shapes = [
+        (case.groups, heads, case.dim, case.hidden), (case.hidden, inner), (*lead, case.wide, case.hidden),
+        (case.hidden, case.wide),
+    ]  # fmt: skip
+    weights, scales = [], []
+    for which, shape in enumerate(shapes):
+        weight, scale = make_weight(case, random(*shape, size=shape[-1] ** -0.5), which)
+        weights.append(weight)
+        scales.append(scale)
+    biases = [random(*shape[:-1], size=0.1) if case.biased else None for shape in shapes]
+    norms = tuple(
+        InputNorm(
+            kind=case.norm, eps=1e-5, scale=1 + random(case.hidden, size=0.1),
+            bias=random(case.hidden, size=0.1) if case.norm == "layer" else None,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    layer = LayerOperands(
+        weights=tuple(weights), scales=tuple(scales), biases=tuple(biases), norms=norms, activation=case.activation
+    )
+    batch = len(case.lengths)
+    blocks = 1 + batch * case.width
+    cache = tuple(random(blocks, case.groups, 64, case.dim) for _ in range(2))
+    tables = jnp.asarray(1 + rng.permutation(batch * case.width).reshape(batch, case.width), jnp.int32)
+    positions = jnp.asarray(case.lengths, jnp.int32) - 1
+    angle = jnp.asarray(rng.uniform(0, 6, (batch, case.dim // 2)), jnp.float32)
+    rotary = (jnp.cos(angle), jnp.sin(angle)) if case.rotary else None
+    return (2 * random(batch, case.hidden), layer, cache, tables, positions), rotary
+
+
+def static(case):
+    """The keywords that are not arrays."""
+    return {"scale": case.dim**-0.5, "window": case.window}
+
+
+def make_weight(case, weight, which):
+    """A weight as the case wants it, and its scale."""
+    if case.weight is None:
+        return weight, None
+    kept = weight.shape
+    flat = weight if which != 0 else weight.reshape(-1, kept[-1])
+    found, scale = quantize_like(flat, case.weight)
+    if which == 0:
+        scale = scale.reshape(*scale.shape[:-1], *kept[:-1]) if scale.ndim > 1 else scale.reshape(kept[:-1])
+    return found.reshape(kept), scale
+
+
+def quantize_like(weight, name):
+    """Scales and entries of a weight [..., N, K]: int4's factors are [..., K / g, N]."""
+    wide = weight.astype(jnp.float32)
+    if name == "int4":
+        group = 128 if weight.shape[-1] % 128 == 0 else 64
+        parts = wide.reshape(*wide.shape[:-1], -1, group)
+        scale = jnp.max(jnp.abs(parts), axis=-1) / 7
+        found = jnp.round(parts / scale[..., None]).astype(jnp.int8).reshape(wide.shape).astype(jnp.int4)
+        return found, jnp.moveaxis(scale, -1, -2)
+    most, dtype = (127, jnp.int8) if name == "int8" else (448, jnp.float8_e4m3fn)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / most
+    found = wide / scale[..., None]
+    return (jnp.round(found) if name == "int8" else found).astype(dtype), scale
+
+
+def compiled(case):
+    """A function and its arguments' shapes, to compile."""
+    arguments, rotary = jax.eval_shape(lambda: operands(case, None))
+    counters = jax.eval_shape(lambda: workspace(len(case.lengths), case.groups))
+
+    def function(arguments, rotary, counters):
+        return decoder_layer(*arguments, counters, rotary=rotary, implementation="mosaic", **static(case))
+
+    return function, (arguments, rotary, counters)
+
+
+CASES = {name: functools.partial(compiled, case) for name, case in (SMALL | LARGE).items()}
