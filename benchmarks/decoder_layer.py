@@ -191,14 +191,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kinds", nargs="*", default=["bfloat16", "int8", "int4", "fp8"])
-    parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--cases", nargs="*", default=list(SMALL | LARGE), help="to check")
     parser.add_argument("--ablate", action="store_true")
     bench = Bench(parser.parse_args())
     bench.note("limits", dataclasses.asdict(measure_limits()))
     bandwidth = bench.found["limits"]["bandwidth"]
-    cases = {} if bench.given.no_checks else SMALL | LARGE
-    for name, case in cases.items():
-        if bench.late(90):
+    for name in bench.given.cases:
+        case = (SMALL | LARGE)[name]
+        if bench.late(10):
             break
         try:
             bench.note(f"check {name}", check(case))
