@@ -1,4 +1,4 @@
-"""What one thread of the kernel of a decoder layer does for attention: of one token a sequence, over KV blocks.
+"""What one thread of the kernel of decoder layers does for attention: of one token a sequence, over KV blocks.
 
 A unit is a sequence, a key head and one of the ``splits`` of its keys; a block of threads takes every ``blocks``-th. Its
 warps take ``tokens`` keys at a time. A lane loads 8 entries of a key or value, all of its loads before the first is
@@ -12,6 +12,7 @@ from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
 from pallas_kernels.layer_plan import THREADS, WARPS, LayerPlan
+from pallas_kernels.layer_threads import Memory
 
 NEVER = -1e30
 """A score that is none; finite, since it is subtracted from itself."""
@@ -22,7 +23,7 @@ COUNTERS = 32
 """Where in the workspace the counters of splits begin."""
 
 
-def attend(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -> None:
+def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
     """Attend for the block's units."""
     units = plan.m * plan.groups * plan.splits
     count = (o.constant(plan.blocks - 1 + units) - o.block) // plan.blocks
@@ -30,22 +31,22 @@ def attend(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -
     def unit(i: Any, carry: list[Any]) -> list[Any]:
         one = o.block + i * plan.blocks
         whose, split = (one // plan.splits, one % plan.splits) if plan.splits > 1 else (one, o.constant(0))
-        _put_down(o, plan, smem, _of_warp(o, plan, ref, whose, split))
+        _put_down(o, plan, smem, _of_warp(o, plan, memory, whose, split))
         o.sync()
-        _together(o, plan, ref, smem, whose, split)
+        _together(o, plan, memory, smem, whose, split)
         o.sync()
         return carry
 
     o.loop(count, [], unit)
 
 
-def _of_warp(o: Any, plan: LayerPlan, ref: dict[str, Any], whose: Any, split: Any) -> list[list[Any]]:
+def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) -> list[list[Any]]:
     """What a warp finds in its keys: for each query head its lane's 8 entries, the largest score and the sum."""
     sequence, group = whose // plan.groups, whose % plan.groups
     lanes = plan.dim // 8  # that share a key
     rows = 32 // lanes
     loads, heads = plan.tokens // rows, range(plan.per_group)
-    length = o.load_memory(o.memory(ref["lengths"]) + o.wide(sequence) * 4)[0]
+    length = o.load_memory(memory("lengths") + o.wide(sequence) * 4)[0]
     first = o.constant(0)
     if plan.window is not None:
         first = o.select(length < plan.window, 0, length - plan.window)
@@ -57,9 +58,10 @@ def _of_warp(o: Any, plan: LayerPlan, ref: dict[str, Any], whose: Any, split: An
     queries = []
     for head in heads:
         at = (whose * plan.per_group + head) * plan.dim + o.lane % lanes * 8
-        words = o.load_memory(o.memory(ref["query"]) + o.wide(at) * 2, 4)
+        words = o.load_memory(memory("query") + o.wide(at) * 2, 4)
         queries.append([v * (plan.scale * LOG2E) for word in words for v in o.unpack(plan.kind, word)])
-    table = o.memory(ref["tables"]) + o.wide(sequence * plan.width) * 4
+    table = memory("tables") + o.wide(sequence * plan.width) * 4
+    caches = {name: memory(name) for name in ("keys", "values")}
     own_row = o.lane // lanes
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
@@ -69,7 +71,7 @@ def _of_warp(o: Any, plan: LayerPlan, ref: dict[str, Any], whose: Any, split: An
         at = o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16)
         found = {}
         for name in ("keys", "values"):
-            start = o.memory(ref[name]) + at
+            start = caches[name] + at
             found[name] = [o.load_memory(start + load * rows * plan.dim * 2, 4) for load in range(loads)]
         seen = []
         for load in range(loads):
@@ -156,7 +158,7 @@ def _put_together(o: Any, parts: list[tuple[Any, Any, Any]]) -> tuple[Any, Any, 
     return top, total, value
 
 
-def _together(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any], whose: Any, split: Any) -> None:
+def _together(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any], whose: Any, split: Any) -> None:
     """Put what the warps have found together, and as the last of a sequence's splits, what those have."""
     size = plan.per_group * plan.dim
     active = o.thread < size
@@ -170,7 +172,7 @@ def _together(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]
         value = o.float_of(o.load_shared(base + (thread + warp * size) * 4)[0])
         parts.append((largest, total, value))
     top, total, value = _put_together(o, parts)
-    target = o.memory(ref["attended"]) + o.wide(whose * size + thread) * 2
+    target = memory("attended") + o.wide(whose * size + thread) * 2
 
     def write(total: Any, value: Any, where: Any) -> None:
         o.store_half(plan.kind, target, o.select(o.constant(0.0) < total, o.divide(value, total), 0.0), where)
@@ -178,11 +180,11 @@ def _together(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]
     if plan.splits == 1:
         write(total, value, active)
         return
-    memory, sizes = o.memory(ref["partial"]), o.memory(ref["partial_sizes"])
+    partial, sizes, counters = memory("partial"), memory("partial_sizes"), memory("counters")
 
     def leave() -> None:
         number = whose * plan.splits + split
-        o.store_memory(memory + o.wide(number * size + thread) * 4, [value])
+        o.store_memory(partial + o.wide(number * size + thread) * 4, [value])
         o.store_memory(sizes + o.wide((number * plan.per_group + head) * 2) * 4, [top, total])  # by all of a head
 
     o.when(active, leave)
@@ -190,7 +192,7 @@ def _together(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]
     flag = o.shared(smem["scratch"])
 
     def come() -> None:
-        counter = o.memory(ref["counters"]) + o.wide(whose + COUNTERS) * 4
+        counter = counters + o.wide(whose + COUNTERS) * 4
         o.store_shared(flag, [o.count(counter)])
 
     o.when(o.thread < 1, come)
@@ -201,7 +203,7 @@ def _together(o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]
         parts = []
         for i in range(plan.splits):  # all loads before the first is used
             number = whose * plan.splits + i
-            entry = o.float_of(o.load_memory(memory + o.wide(number * size + thread) * 4)[0])
+            entry = o.float_of(o.load_memory(partial + o.wide(number * size + thread) * 4)[0])
             at = sizes + o.wide((number * plan.per_group + head) * 2) * 4
             largest, one = (o.float_of(word) for word in o.load_memory(at, 2))
             parts.append((largest, one, entry))

@@ -1,4 +1,4 @@
-"""The Hopper kernel behind :func:`pallas_kernels.decoder_layer`; see that module for the idea."""
+"""The Hopper kernel behind :func:`pallas_kernels.decoder_layers`; see that module for the idea."""
 
 from __future__ import annotations
 
@@ -10,59 +10,64 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import layer_threads
-from pallas_kernels.decoder_layer import LayerOperands
-from pallas_kernels.layer_attention import attend
-from pallas_kernels.layer_plan import THREADS, LayerPlan
-from pallas_kernels.layer_threads import NAMES
+from pallas_kernels.decoder_layers import Cache, LayerOperands
+from pallas_kernels.layer_attention import COUNTERS, attend
+from pallas_kernels.layer_plan import NAMES, THREADS, LayerPlan
 
 
-# Jitted, so that the layers of a model trace, lower and compile one kernel, not one each.
-@functools.partial(jax.jit, static_argnames=("plan",))
-def run(
-    x: jax.Array,
-    layer: LayerOperands,
-    keys: jax.Array,
-    values: jax.Array,
-    tables: jax.Array,
-    slots: jax.Array,
-    lengths: jax.Array,
-    counters: jax.Array,
-    rotary: tuple[jax.Array, jax.Array] | None,
-    *,
-    plan: LayerPlan,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Run the kernel on operands that :func:`pallas_kernels.decoder_layer` has checked.
-
-    Args:
-        x: [M, H].
-        layer: parameters.
-        keys, values: blocks [N, G, 64, D], written in place where the caller has no more use for them.
-        tables: int32 [M, W].
-        slots: int32 [M], the row of the blocks, ``block * 64 + row``, for each token; negative for none.
-        lengths: int32 [M], keys of each sequence, the new one included.
-        counters: int32, also written in place.
-        rotary: cos and sin, float32 [M, D / 2] each.
-        plan: of these operands.
-
-    Returns:
-        [M, H], the blocks, and the counters.
-    """
-    # Imported here, since it needs what only a GPU's JAX has to run, and takes a second.
-    from pallas_kernels.registers import Registers
-
-    given: dict[str, Any] = {"x": x, "tables": tables, "slots": slots, "lengths": lengths}
-    if rotary is not None:
-        given |= {"cos": rotary[0].astype(jnp.float32), "sin": rotary[1].astype(jnp.float32)}
+def parameters_of(layer: LayerOperands, plan: LayerPlan) -> dict[str, jax.Array]:
+    """The arrays of a layer by the names of ``plan.parameters``, but for its cache."""
+    given: dict[str, jax.Array | None] = {}
     for which, name in enumerate(NAMES):
         factors = layer.scales[which]
         given[name] = layer.weights[which]
         given[f"{name}_factors"] = None if factors is None else factors.astype(jnp.float32)
         given[f"{name}_bias"] = layer.biases[which]
-    for name, norm in zip(("qkv", "up"), layer.norms, strict=True):
+    for name, norm in zip((NAMES[0], NAMES[2]), layer.norms, strict=True):
         given |= {f"{name}_scale": norm.scale, f"{name}_shift": norm.bias}
-    operands = {name: array for name, array in given.items() if array is not None}
+    found = {name: array for name, array in given.items() if array is not None}
+    assert {*found, "keys", "values"} == set(plan.parameters)
+    return found
+
+
+# Jitted, so that steps of one shape trace and lower it once.
+@functools.partial(jax.jit, static_argnames=("plan",))
+def run(
+    x: jax.Array,
+    layers: tuple[LayerOperands, ...],
+    caches: tuple[Cache, ...],
+    tables: jax.Array,
+    slots: jax.Array,
+    lengths: jax.Array,
+    rotary: tuple[jax.Array, jax.Array] | None,
+    *,
+    plan: LayerPlan,
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Run the kernel on operands that :func:`pallas_kernels.decoder_layers` has checked.
+
+    Args:
+        x: [M, H].
+        layers: parameters.
+        caches: key and value blocks [N, G, 64, D], written in place where the caller has no more use for them.
+        tables: int32 [M, W].
+        slots: int32 [M], the row of the blocks, ``block * 64 + row``, for each token; negative for none.
+        lengths: int32 [M], keys of each sequence, the new one included.
+        rotary: cos and sin, float32 [M, D / 2] each.
+        plan: of these operands.
+
+    Returns:
+        [M, H], and the caches.
+    """
+    # Imported here, since it needs what only a GPU's JAX has to run, and takes a second.
+    from pallas_kernels.registers import Registers
+
+    operands = {"x": x, "tables": tables, "slots": slots, "lengths": lengths}
+    if rotary is not None:
+        operands |= {"cos": rotary[0].astype(jnp.float32), "sin": rotary[1].astype(jnp.float32)}
+    own = [parameters_of(layer, plan) for layer in layers]
     # References that the kernel closes over are aliased: what it does not write is left as it is.
-    written = {"keys": jax.new_ref(keys), "values": jax.new_ref(values), "counters": jax.new_ref(counters)}
+    blocks = [[jax.new_ref(array) for array in cache] for cache in caches]
+    counters = jax.new_ref(jnp.zeros(COUNTERS + plan.m * plan.groups, jnp.int32))
 
     def array(*shape: int, dtype: Any = x.dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -81,39 +86,45 @@ def run(
             "partial": array(heads, plan.dim, dtype=jnp.float32),
             "partial_sizes": array(heads, 2, dtype=jnp.float32),
         }
-    scratch = {
-        "ring": plgpu.SMEM((plan.stages * plan.stage,), jnp.int8),
-        "staged": plgpu.SMEM((plan.staging,), jnp.int8),
-        "sums": plgpu.SMEM((plan.sums,), jnp.int8),
-        "table": plgpu.SMEM((plan.table,), jnp.int8),
-        "scratch": plgpu.SMEM((plan.scratch,), jnp.int8),
-    }
+    names = [*operands, *outs]
 
     def body(*refs: Any, **smem: Any) -> None:
-        names = [*operands, *outs, *written]
-        memory = [*refs, *written.values()]
+        shared = list(smem.values())
+        count = len(names)
 
-        def inline(_: Any, memory: list[Any], shared: list[Any]) -> None:
-            layer_threads.run(
-                Registers(THREADS), plan, dict(zip(names, memory, strict=True)), dict(zip(smem, shared, strict=True)),
-                attend,
-            )  # fmt: skip
+        def inline(_: Any, memory: list[Any], layers: list[Any], blocks: list[list[Any]], shared: list[Any]) -> None:
+            ref: dict[str, Any] = dict(zip([*names, "counters"], memory, strict=True))
+            for name in plan.parameters:
+                at = list(own[0]).index(name) if name in own[0] else None
+                ref[name] = [layer[at] for layer in layers] if at is not None else [
+                    both[name == "values"] for both in blocks
+                ]
+            smem_of = dict(zip(smem, shared, strict=True))
+            layer_threads.run(Registers(THREADS), plan, ref, smem_of, attend)
 
-        types = ([plgpu.RefType()] * len(memory), [plgpu.RefType()] * len(smem))
-        plgpu.inline_mgpu(arg_types=types)(inline)(memory, list(smem.values()))
+        each = len(own[0])
+        inputs, results = refs[: len(operands)], refs[len(operands) + each * plan.layers :]
+        memory = [*inputs, *results, counters]
+        layers = [
+            list(refs[len(operands) + i * each : len(operands) + (i + 1) * each]) for i in range(plan.layers)
+        ]
+        kind = plgpu.RefType
+        types = (
+            [kind()] * (count + 1), [[kind()] * each for _ in layers], [[kind()] * 2 for _ in layers],
+            [kind()] * len(shared),
+        )  # fmt: skip
+        plgpu.inline_mgpu(arg_types=types)(inline)(memory, layers, blocks, shared)
 
     kernel = plgpu.kernel(
         body,
         out_type=list(outs.values()),
-        scratch_types=scratch,
+        scratch_types={name: plgpu.SMEM((size,), jnp.int8) for name, size in plan.arrays.items()},
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=THREADS // 128,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
-        ),
-        kernel_name="decoder_layer",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+        kernel_name="decoder_layers",
     )
-    y, *_ = kernel(*operands.values())
-    return y, *(jax.freeze(reference) for reference in written.values())
+    y, *_ = kernel(*operands.values(), *(array for layer in own for array in layer.values()))
+    return y, tuple((jax.freeze(keys), jax.freeze(values)) for keys, values in blocks)

@@ -1,4 +1,4 @@
-"""How the kernel of a decoder layer divides its work: products in tiles of channels, attention in splits of the keys."""
+"""How the kernel of decoder layers divides its work: products in tiles of channels, attention in splits of the keys."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ ENTRY = 48
 
 MAX_SPLITS = 16
 """Parts of a sequence's keys: a thread has what all of them found in registers when it puts them together."""
+
+NAMES = ("qkv", "out", "up", "down")
+"""Of the products."""
 
 PAIRS = 8
 """Pairs of channels of a tile."""
@@ -106,6 +109,7 @@ class LayerPlan:
     """What the kernel computes, and how it is divided.
 
     Attributes:
+        layers: that run one after the other, all alike.
         m: sequences, one token each.
         hidden: size of the stream.
         groups: key heads.
@@ -126,6 +130,7 @@ class LayerPlan:
         stages: chunks in the ring of a warp.
     """
 
+    layers: int
     m: int
     hidden: int
     groups: int
@@ -166,6 +171,16 @@ class LayerPlan:
         return self.products[0].span // self.products[0].group if self.products[0].group else 0
 
     @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arrays that each layer has of its own."""
+        names = list(NAMES)
+        names += [f"{name}_factors" for name in NAMES if self.quantized]
+        names += [f"{name}_bias" for name, there in zip(NAMES, self.biased, strict=True) if there]
+        for name, norm in zip((NAMES[0], NAMES[2]), self.norms, strict=True):
+            names += [f"{name}_scale"] * norm.scaled + [f"{name}_shift"] * norm.shifted
+        return (*names, "keys", "values")
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP is."""
         return self.products[2].halves == 2
@@ -177,7 +192,7 @@ class LayerPlan:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where each product's tiles begin to be dealt out: behind where those before it ended, so that loads even out."""
+        """Where each product's tiles begin to be dealt out: behind those of the one before, so that loads even out."""
         ends = [0]
         for product in self.products[:-1]:
             ends.append((ends[-1] + product.tiles) % self.blocks)
@@ -211,8 +226,20 @@ class LayerPlan:
 
     @property
     def table(self) -> int:
-        """Bytes of what is said of the block's tiles, and of the one after the last."""
-        return (sum(self.most) + 1) * ENTRY
+        """Bytes of what is said of the block's tiles of a layer."""
+        return sum(self.most) * ENTRY
+
+    @property
+    def pointers(self) -> int:
+        """Bytes of the addresses of the layers' arrays."""
+        return 8 * self.layers * len(self.parameters)
+
+    @property
+    def group_sums(self) -> int:
+        """Bytes of the sums of x over each group."""
+        if not self.factors:
+            return 0
+        return 4 * self.m * max(product.staged // product.group for product in self.products)
 
     @property
     def scratch(self) -> int:
@@ -222,8 +249,16 @@ class LayerPlan:
     @property
     def shared(self) -> int:
         """Bytes of shared memory; each array may be moved up to the next multiple of 1024."""
-        arrays = (self.stages * self.stage, self.staging, self.sums, self.table, self.scratch)
-        return sum(-(-size // 1024) * 1024 for size in arrays)
+        return sum(-(-size // 1024) * 1024 for size in self.arrays.values())
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Bytes of each array in shared memory."""
+        sizes = {
+            "ring": self.stages * self.stage, "staged": self.staging, "sums": self.sums, "table": self.table,
+            "pointers": self.pointers, "scratch": self.scratch, "group_sums": self.group_sums,
+        }  # fmt: skip
+        return {name: size for name, size in sizes.items() if size}
 
     def problem(self) -> str | None:
         """Why the kernel cannot run it, or None; apart from dtypes, which :func:`layer_choice` knows."""

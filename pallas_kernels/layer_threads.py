@@ -1,7 +1,7 @@
-"""What one thread of the kernel of a decoder layer does for its products: fetch, stage x, multiply, finish.
+"""What one thread of the kernel of decoder layers does for its products: fetch, stage x, multiply, finish.
 
-``o`` is :class:`pallas_kernels.registers.Registers`, or what the tests have in its place; ``ref`` names the arrays in
-memory, ``smem`` those in shared memory. The idea is described in :mod:`pallas_kernels.decoder_layer`.
+``o`` is :class:`pallas_kernels.registers.Registers`, or what the tests have in its place; ``memory`` has the
+addresses of arrays, ``smem`` names those in shared memory. The idea is described in :mod:`pallas_kernels.decoder_layers`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
-from pallas_kernels.layer_plan import CHUNK, ENTRY, PAIRS, THREADS, WARPS, LayerPlan, Norm, Product
+from pallas_kernels.layer_plan import CHUNK, ENTRY, NAMES, PAIRS, THREADS, WARPS, LayerPlan, Norm, Product
 from pallas_kernels.quantized_threads import ordered, run_order, widen
 
 QKV, OUT, UP, DOWN = range(4)
-NAMES = ("qkv", "out", "up", "down")
 
 
 def tiles_of(o: Any, plan: LayerPlan, which: int) -> tuple[Any, Any]:
@@ -30,50 +29,70 @@ def channel_of(product: Product, tile: Any) -> Any:
     return tile // per * (2 * product.apart) + tile % per * PAIRS
 
 
-class Stream:
-    """What keeps the ring of a thread full: the weights of all the block's tiles, one product's after another's.
+class Memory:
+    """Addresses of arrays in memory; of those that each layer has, the ones of the layer at hand.
 
-    A cursor is the tile in the table and the step in it; it runs ahead of what is multiplied, and does not wait where
-    the products wait for each other.
+    Attributes:
+        layer: its number.
     """
 
     def __init__(self, o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -> None:
-        self.o, self.plan = o, plan
+        """Of what ``ref`` names: arrays, and where the layers have each their own, lists of them."""
+        self.o, self.plan, self.ref, self.layer = o, plan, ref, o.constant(0)
+        self.table = o.shared(smem["pointers"])
+        places = [(layer, name) for layer in range(plan.layers) for name in plan.parameters]
+        for warp in range(WARPS):
+
+            def keep(warp: int = warp) -> None:
+                for number in range(warp, len(places), WARPS):
+                    layer, name = places[number]
+                    o.store_shared(self.table + number * 8, o.halves(o.memory(ref[name][layer])))
+
+            o.when(o.equal(o.thread, 32 * warp), keep)
+
+    def __call__(self, name: str) -> Any:
+        """The address of an array."""
+        if name not in self.plan.parameters:
+            return self.o.memory(self.ref[name])
+        return self.of_layer(self.layer, self.o.constant(self.plan.parameters.index(name)))
+
+    def of_layer(self, layer: Any, number: Any) -> Any:
+        """The address of the array of a layer with a number in ``plan.parameters``."""
+        at = self.table + (layer * len(self.plan.parameters) + number) * 8
+        return self.o.address(*self.o.load_shared(at, 2))
+
+
+class Stream:
+    """What keeps the ring of a thread full: the weights of all the block's tiles, one product's after another's.
+
+    A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile; it runs ahead of what
+    is multiplied, and does not wait where the products wait for each other.
+    """
+
+    def __init__(self, o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
+        """Write the table; to be followed by a ``sync``."""
+        self.o, self.plan, self.memory = o, plan, memory
         self.ring, self.table = o.shared(smem["ring"]), o.shared(smem["table"])
         self.row, self.column = o.lane // 4, o.lane % 4 * 16
-        offset = o.constant(0)
+        self.entries = o.constant(0)
         for which, product in enumerate(plan.products):
             start, count = tiles_of(o, plan, which)
-            tile = start + o.thread * plan.blocks
-            low = channel_of(product, tile)
-            weight = o.memory(ref[NAMES[which]]) + o.wide(low) * product.line
-            words = [*o.halves(weight), o.constant(product.line), o.constant(product.apart * product.line)]
-            words += [o.constant(product.steps)]
+            low = channel_of(product, start + o.thread * plan.blocks)
+            words = [low * product.line, product.line, product.apart * product.line, product.steps, which]
             if plan.factors:
                 each = product.channels // product.halves  # of a row of factors
-                factors = o.memory(ref[NAMES[which] + "_factors"]) + o.wide(low) * 4
                 apart = product.apart if product.halves == 1 else product.inputs // product.group * each
-                words += [*o.halves(factors), o.constant(apart * 4), o.constant(each * 4)]
+                words += [low * 4, apart * 4, each * 4, plan.parameters.index(f"{NAMES[which]}_factors")]
+            words = [word if not isinstance(word, int) else o.constant(word) for word in words]
             words += [o.constant(0)] * (12 - len(words))
-            at = self.table + (offset + o.thread) * ENTRY
+            at = self.table + (self.entries + o.thread) * ENTRY
 
             def enter(at: Any = at, words: list[Any] = words) -> None:
                 for i in range(0, 12, 4):
                     o.store_shared(at + 4 * i, words[i : i + 4])
 
             o.when(o.thread < count, enter)
-            offset = offset + count
-
-        def end() -> None:  # lines of no bytes, for ever
-            last = self.table + offset * ENTRY
-            weight = o.halves(o.memory(ref[NAMES[QKV]]))
-            zero, never = o.constant(0), o.constant(1 << 30)
-            o.store_shared(last, [*weight, zero, zero])
-            o.store_shared(last + 16, [never, *weight, zero])
-            o.store_shared(last + 32, [zero] * 4)
-
-        o.when(o.thread < 1, end)
-        o.sync()
+            self.entries = self.entries + count
 
     def fill(self) -> list[Any]:
         """Start to copy as much as the ring holds; return the cursor."""
@@ -81,51 +100,68 @@ class Stream:
         zero = o.constant(0)
 
         def fetch(_: Any, carry: list[Any]) -> list[Any]:
-            return [carry[0] + plan.stage, *self(*carry)]
+            return [carry[0] + plan.stage, *self(carry[0], carry[1:])]
 
-        return list(o.loop(plan.stages, [zero, zero, zero], fetch)[1:])
+        return list(o.loop(plan.stages, [zero, *self._at(zero, zero)], fetch)[1:])
 
-    def __call__(self, slot: Any, entry: Any, step: Any) -> list[Any]:
-        """Start to copy what the cursor stands at into the slot at an offset of the ring, and move it on."""
+    def _at(self, layer: Any, entry: Any) -> list[Any]:
+        """The cursor at the beginning of a tile."""
         o, plan = self.o, self.plan
         at = self.table + entry * ENTRY
-        low, high, line, apart = o.load_shared(at, 4)
-        steps, factors_low, factors_high, factors_apart = o.load_shared(at + 16, 4)
-        chunk = step * WARPS + o.warp
-        offset = chunk * CHUNK + self.column
-        inside = offset < line
-        source = o.address(low, high) + o.wide(self.row * line + offset)
-        target = self.ring + slot + o.thread * 16
-        valid = o.select(inside, 16, o.constant(0))
-        for half in range(2):
-            o.copy_async(target + half * 16 * THREADS, source + o.wide(apart) if half else source, 16, valid)
+        offset, line, apart, steps = o.load_shared(at, 4)
+        which, factors, factors_apart, across = o.load_shared(at + 16, 4)
+        there = layer < plan.layers  # behind the last, lines of no bytes, for ever
+        held = o.select(there, layer, plan.layers - 1)
+        source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(self.row * line + self.column)
+        cursor = [layer, entry, o.constant(0), source, o.select(there, line, 0), apart, steps]
         if plan.factors:
-            across = o.load_shared(at + 32)[0]
-            beside = self.ring + slot + 2 * 16 * THREADS + o.thread * 4
+            number = o.load_shared(at + 32)[0]
+            beside = self.memory.of_layer(held, number) + o.wide(factors + self.row * 4)
+            cursor += [beside, factors_apart, across]
+        return cursor
+
+    def __call__(self, slot: Any, cursor: list[Any]) -> list[Any]:
+        """Start to copy what the cursor stands at into the slot at an offset of the ring, and move it on."""
+        o, plan = self.o, self.plan
+        layer, entry, step, source, line, apart, steps, *rest = cursor
+        chunk = step * WARPS + o.warp
+        offset = chunk * CHUNK
+        valid = o.select(offset + self.column < line, 16, o.constant(0))
+        target = self.ring + slot + o.thread * 16
+        first = source + o.wide(offset)
+        for half in range(2):
+            o.copy_async(target + half * 16 * THREADS, first + o.wide(apart) if half else first, 16, valid)
+        if plan.factors:
+            beside, factors_apart, across = rest
+            goal = self.ring + slot + 2 * 16 * THREADS + o.thread * 4
             for group in range(plan.factors):
                 index = chunk * plan.factors + group
                 # The bytes before the group's are there wherever the group is.
-                there = index * (CHUNK // plan.factors) < line
-                size = o.select(there, 4, o.constant(0))
-                source = o.address(factors_low, factors_high) + o.wide(index) * o.wide(across) + o.wide(self.row * 4)
+                size = o.select(index * (CHUNK // plan.factors) < line, 4, o.constant(0))
+                first = beside + o.wide(index * across)
                 for half in range(2):
-                    goal = beside + (2 * group + half) * 4 * THREADS
-                    o.copy_async(goal, source + o.wide(factors_apart) if half else source, 4, size)
+                    there = first + o.wide(factors_apart) if half else first
+                    o.copy_async(goal + (2 * group + half) * 4 * THREADS, there, 4, size)
         o.commit_copies()
+
+        def following() -> list[Any]:
+            last = o.equal(entry + 1, self.entries)
+            return self._at(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
+
         step = step + 1
-        more = step < steps
-        return [o.select(more, entry, entry + 1), o.select(more, step, 0)]
+        return list(o.branch(step < steps, lambda: [layer, entry, step, *cursor[3:]], following, cursor))
 
 
-def vectors_of_norm(o: Any, plan: LayerPlan, which: int, ref: dict[str, Any]) -> list[Any]:
+def vectors_of_norm(o: Any, plan: LayerPlan, which: int, memory: Memory) -> list[Any]:
     """What a thread needs of the scale and bias of the norm before a product: words of its runs."""
     norm = plan.norms[which // 2]
+    there = [name for name, given in (("scale", norm.scaled), ("shift", norm.shifted)) if given]
+    starts = [memory(f"{NAMES[which]}_{name}") for name in there]
     found = []
     for run, inside in runs_of(o, plan.products[which]):
         at = o.wide(o.select(inside, run, 0)) * 16
-        for name, there in (("scale", norm.scaled), ("shift", norm.shifted)):
-            if there:
-                found += o.load_memory(o.memory(ref[f"{NAMES[which]}_{name}"]) + at, 4)
+        for start in starts:
+            found += o.load_memory(start + at, 4)
     return found
 
 
@@ -149,12 +185,12 @@ def place_of(o: Any, plan: LayerPlan, product: Product, run: Any) -> Any:
 
 
 def stage(
-    o: Any, plan: LayerPlan, which: int, x: Any, vectors: list[Any], ref: dict[str, Any], smem: dict[str, Any]
+    o: Any, plan: LayerPlan, which: int, x: Any, vectors: list[Any], smem: dict[str, Any]
 ) -> None:
     """Put x, normalised, into shared memory in the order in which it is multiplied."""
     product = plan.products[which]
     norm = plan.norms[which // 2] if which in (QKV, UP) else None
-    x, staged, order = o.memory(x), o.shared(smem["staged"]), run_order(plan.bits)
+    staged, order = o.shared(smem["staged"]), run_order(plan.bits)
     runs = runs_of(o, product)
     words = []
     for token in range(plan.m):
@@ -172,11 +208,36 @@ def stage(
                 own = _normed(o, plan, norm, own, sizes[token], beside, order, inside)
             else:
                 own = ordered(o, own, order)
+            if plan.factors:
+                _sum_groups(o, plan, product, own, run, token, smem)
             at = staged + token * plan.x_line + place
             if last % THREADS and (i + 1) * THREADS > last:
                 o.when(run < last, lambda at=at, own=own: o.store_shared(at, own))
             else:
                 o.store_shared(at, own)
+
+
+def _sum_groups(
+    o: Any, plan: LayerPlan, product: Product, pairs: list[Any], run: Any, token: int, smem: dict[str, Any]
+) -> None:
+    """Keep the sum of x over each group of inputs: weights are multiplied with :func:`offset_of` added to each."""
+    values = [value for pair in pairs for value in o.unpack(plan.kind, pair)]
+    while len(values) > 1:
+        values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
+    (total,) = values
+    lanes = product.group // 8
+    apart = 1
+    while apart < lanes:
+        total = total + o.across(total, apart)
+        apart *= 2
+    held = product.staged // product.group
+    at = o.shared(smem["group_sums"]) + (run // lanes + token * held) * 4
+    o.when(o.equal(run % lanes, 0) & (run < product.staged // 8), lambda: o.store_shared(at, [total]))
+
+
+def offset_of(plan: LayerPlan) -> float:
+    """What is added to entries of 4 bits while they are widened, and taken from the sum: less work than from each."""
+    return 1032.0 if plan.kind == "f16" else 136.0
 
 
 def _sizes(
@@ -249,7 +310,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the slot of the ring that is multiplied next, and the cursor; what is returned.
+        carry: the slot of the ring that is multiplied next, and the cursor; so is what is returned.
     """
     product, (_, count) = plan.products[which], tiles_of(o, plan, which)
     row, column = o.lane // 4, o.lane % 4
@@ -266,8 +327,16 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
             totals = o.mma(plan.kind, a, pairs[i], totals)
         return totals
 
+    def x_sum(index: Any, j: int) -> Any:
+        """The sum of x over a group, of the token of the thread's column ``j``."""
+        at = o.shared(smem["group_sums"]) + index * 4
+        if plan.m > 1:
+            own = column * 2 + j
+            at = at + o.select(own < plan.m, own, plan.m - 1) * (product.staged // product.group * 4)
+        return o.float_of(o.load_shared(at)[0])
+
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        slot, entry, at, totals = *carry[:3], carry[3:]
+        slot, cursor, totals = carry[0], carry[1:-4], carry[-4:]
         o.wait_copies(plan.stages - 1)
         own = stream.ring + slot + o.thread * 16
         words = [o.load_shared(own + half * 16 * THREADS, 4) for half in range(2)]
@@ -285,8 +354,11 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
             found = products([zero] * 4, words, kept)
             beside = stream.ring + slot + 2 * 16 * THREADS + o.thread * 4
             factors = [o.float_of(o.load_shared(beside + (2 * group + half) * 4 * THREADS)[0]) for half in range(2)]
-            totals = [o.fma(found[j], factors[j // 2], totals[j]) for j in range(4)]
-        cursor = stream(slot, entry, at)
+            for j in range(4):
+                index = (i * WARPS + o.warp) * plan.factors + group
+                found[j] = o.fma(x_sum(index, j % 2), o.constant(-offset_of(plan)), found[j])
+                totals[j] = o.fma(found[j], factors[j // 2], totals[j])
+        cursor = stream(slot, cursor)
         following = slot + plan.stage
         following = o.select(following < plan.stages * plan.stage, following, 0)
         return [following, *cursor, *totals]
@@ -301,16 +373,19 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
             def keep(j: int = j, own: Any = own) -> None:
                 for half in range(2):
-                    o.store_shared(at + own * (2 * PAIRS * 4) + half * PAIRS * 4, [found[3 + 2 * half + j]])
+                        o.store_shared(at + own * (2 * PAIRS * 4) + half * PAIRS * 4, [found[2 * half + j - 4]])
 
             o.when(own < plan.m, keep)
-        return list(found[:3])
+        return list(found[:-4])
 
     return list(o.loop(count, carry, tile))
 
 
 def widen_any(o: Any, plan: LayerPlan, word: Any) -> list[Any]:
-    """As :func:`pallas_kernels.quantized_threads.widen`, of any weight."""
+    """As :func:`pallas_kernels.quantized_threads.widen`, of any weight; of 4 bits with :func:`offset_of` added."""
+    if plan.bits == 4:
+        magic = 0x64086408 if plan.kind == "f16" else 0x43084308
+        return [o.merge(word >> (4 * i) if i else word, 0x000F000F, magic, toggle=True) for i in range(4)]
     return [word] if plan.bits == 16 else widen(o, plan, word)
 
 
@@ -354,17 +429,17 @@ class Result:
 
 
 def vectors_of_result(
-    o: Any, plan: LayerPlan, which: int, result: Result, ref: dict[str, Any]
+    o: Any, plan: LayerPlan, which: int, result: Result, memory: Memory
 ) -> tuple[list[Any] | None, list[Any] | None]:
     """Factors and biases of the two channels, or None where there are none."""
     name, channels = NAMES[which], (result.low, result.high)
     factors = biases = None
     if plan.quantized and not plan.factors:
-        memory = o.memory(ref[f"{name}_factors"])
-        factors = [o.float_of(o.load_memory(memory + o.wide(channel) * 4)[0]) for channel in channels]
+        start = memory(f"{name}_factors")
+        factors = [o.float_of(o.load_memory(start + o.wide(channel) * 4)[0]) for channel in channels]
     if plan.biased[which]:
-        memory = o.memory(ref[f"{name}_bias"])
-        biases = [o.load_half(plan.kind, memory + o.wide(channel) * 2) for channel in channels]
+        start = memory(f"{name}_bias")
+        biases = [o.load_half(plan.kind, start + o.wide(channel) * 2) for channel in channels]
     return factors, biases
 
 
@@ -409,15 +484,15 @@ def activate(o: Any, plan: LayerPlan, value: Any) -> Any:
     return value * 0.5 * (y + 1.0)
 
 
-def load_angles(o: Any, plan: LayerPlan, result: Result, ref: dict[str, Any]) -> list[Any]:
+def load_angles(o: Any, plan: LayerPlan, result: Result, memory: Memory) -> list[Any]:
     """Cosine and sine for a pair of channels of a head."""
     entry = result.low % (plan.dim // 2)
     at = o.wide(result.token * (plan.dim // 2) + entry) * 4
-    return [o.float_of(o.load_memory(o.memory(ref[name]) + at)[0]) for name in ("cos", "sin")]
+    return [o.float_of(o.load_memory(memory(name) + at)[0]) for name in ("cos", "sin")]
 
 
 def finish_qkv(
-    o: Any, plan: LayerPlan, result: Result, values: list[Any], angles: list[Any] | None, ref: dict[str, Any]
+    o: Any, plan: LayerPlan, result: Result, values: list[Any], angles: list[Any] | None, memory: Memory
 ) -> None:
     """Rotate queries and keys; queries go to memory, keys and values to their rows of the blocks."""
     head, entry = result.low // plan.dim, result.low % plan.dim
@@ -426,19 +501,19 @@ def finish_qkv(
         cos, sin = angles
         turned = [values[0] * cos - values[1] * sin, values[1] * cos + values[0] * sin]
         values = [o.select(which < plan.per_group + 1, a, b) for a, b in zip(turned, values, strict=True)]
-    query = o.memory(ref["query"])
+    query, caches = memory("query"), [memory(name) for name in ("keys", "values")]
     at = (result.token * (plan.groups * plan.per_group) + group * plan.per_group + which) * plan.dim + entry
     is_query = result.active & (which < plan.per_group)
-    slot = o.load_memory(o.memory(ref["slots"]) + o.wide(result.token) * 4)[0]
+    slot = o.load_memory(memory("slots") + o.wide(result.token) * 4)[0]
     there = slot < (1 << 31)  # not negative
     block, inside = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     row = o.wide((block * plan.groups + group) * BLOCK_SIZE + inside) * (plan.dim * 2) + o.wide(entry) * 2
     for half in range(2):
         apart = half * plan.products[QKV].apart
         o.store_half(plan.kind, query + o.wide(at + apart) * 2, values[half], is_query)
-        for number, name in enumerate(("keys", "values")):
+        for number, cache in enumerate(caches):
             own = result.active & there & o.equal(which, plan.per_group + number)
-            o.store_half(plan.kind, o.memory(ref[name]) + row + apart * 2, values[half], own)
+            o.store_half(plan.kind, cache + row + apart * 2, values[half], own)
 
 
 def finish_row(
@@ -447,7 +522,7 @@ def finish_row(
     """Write a row of the stream, or of what is between up and down."""
     product = plan.products[which]
     width = product.channels // product.halves
-    target = o.memory(target) + o.wide(result.token * width) * 2
+    target = target + o.wide(result.token * width) * 2
     if which == UP:
         values = [activate(o, plan, values[0]), values[1] if plan.gated else activate(o, plan, values[1])]
         if plan.gated:
@@ -460,66 +535,83 @@ def finish_row(
 
 def load_row(o: Any, plan: LayerPlan, result: Result, source: Any) -> list[Any]:
     """The two channels of a row of the stream."""
-    at = o.memory(source) + o.wide(result.token * plan.hidden) * 2
+    at = source + o.wide(result.token * plan.hidden) * 2
     return [o.load_half(plan.kind, at + o.wide(channel) * 2) for channel in (result.low, result.high)]
 
 
 class Meeting:
-    """Where the blocks of the grid wait for one another."""
+    """Where the blocks of the grid wait for one another; the first is when the first layer is done up to it."""
 
-    def __init__(self, o: Any, plan: LayerPlan, counters: Any) -> None:
-        self.o, self.plan, self.number = o, plan, 0
-        self.counter = o.memory(counters)
-        # Nobody gets past the first meeting without this block, so the count is less than one meeting further.
-        self.base = o.load_memory(self.counter)[0] // plan.blocks * plan.blocks
+    def __init__(self, o: Any, plan: LayerPlan, memory: Memory) -> None:
+        self.o, self.plan = o, plan
+        self.counter = memory("counters")
 
     def arrive(self) -> None:
         """Say that the block has written what it had to."""
         self.o.sync()
         self.o.when(self.o.thread < 1, lambda: self.o.arrive(self.counter))
-        self.number += 1
 
-    def wait(self) -> None:
-        """Wait until all have."""
-        least = self.base + self.number * self.plan.blocks
+    def wait(self, number: Any) -> None:
+        """Wait until all have arrived so many times."""
+        least = number * self.plan.blocks
         self.o.when(self.o.thread < 1, lambda: self.o.await_count(self.counter, least))
         self.o.sync()
 
 
+MEETINGS = 5
+"""Of a layer: after each product, and after attention."""
+
+
 def run(
-    o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any], attend: Callable[..., None]
+    o: Any,
+    plan: LayerPlan,
+    ref: dict[str, Any],
+    smem: dict[str, Any],
+    attend: Callable[[Any, LayerPlan, Memory, dict[str, Any]], None],
 ) -> None:
-    """The whole layer.
+    """All layers, one after the other.
 
     What a thread needs of parameters is loaded before the block waits for the others, and so is what the epilogue
     adds. The ring is full when the block begins to wait.
     """
-    stream = Stream(o, plan, ref, smem)
-    carry = [o.constant(0), *stream.fill()]
-    meeting = Meeting(o, plan, ref["counters"])
-    sources = {QKV: "x", OUT: "attended", UP: "middle", DOWN: "between"}
-    beside = vectors_of_norm(o, plan, QKV, ref)
-    for which in (QKV, OUT, UP, DOWN):
-        if which != QKV:
-            meeting.wait()
-        stage(o, plan, which, ref[sources[which]], beside, ref, smem)
-        result = Result.of(o, plan, which)
-        factors, biases = vectors_of_result(o, plan, which, result, ref)
-        angles = load_angles(o, plan, result, ref) if which == QKV and plan.rotary else None
-        added = load_row(o, plan, result, ref["x" if which == OUT else "middle"]) if which in (OUT, DOWN) else None
-        o.sync()
-        carry = multiply(o, plan, which, stream, smem, carry)
-        o.sync()
-        values = affine(result.sums(o, plan, smem), factors, biases)
-        if which == QKV:
-            finish_qkv(o, plan, result, values, angles, ref)
+    memory = Memory(o, plan, ref, smem)
+    stream = Stream(o, plan, memory, smem)
+    o.sync()
+    start = [o.constant(0), *stream.fill()]
+    meeting = Meeting(o, plan, memory)
+    x, result_of_all = memory("x"), memory("result")
+
+    def layer(number: Any, carry: list[Any]) -> list[Any]:
+        memory.layer = number
+        before = number * MEETINGS
+        # The stream is read where it came from, and after the first layer where that left it.
+        stream_in = o.select(number < 1, x, result_of_all)
+        sources = {QKV: stream_in, OUT: memory("attended"), UP: memory("middle"), DOWN: memory("between")}
+        targets = {OUT: memory("middle"), UP: memory("between"), DOWN: result_of_all}
+        beside = vectors_of_norm(o, plan, QKV, memory)
+        for which in (QKV, OUT, UP, DOWN):
+            meeting.wait(before + (which + 1 if which else 0))
+            stage(o, plan, which, sources[which], beside, smem)
+            result = Result.of(o, plan, which)
+            factors, biases = vectors_of_result(o, plan, which, result, memory)
+            angles = load_angles(o, plan, result, memory) if which == QKV and plan.rotary else None
+            added = None
+            if which in (OUT, DOWN):
+                added = load_row(o, plan, result, stream_in if which == OUT else memory("middle"))
+            o.sync()
+            carry = multiply(o, plan, which, stream, smem, carry)
+            o.sync()
+            values = affine(result.sums(o, plan, smem), factors, biases)
+            if which == QKV:
+                finish_qkv(o, plan, result, values, angles, memory)
+                meeting.arrive()
+                meeting.wait(before + 1)
+                attend(o, plan, memory, smem)
+            else:
+                finish_row(o, plan, which, result, values, added, targets[which])
             meeting.arrive()
-            meeting.wait()
-            attend(o, plan, ref, smem)
-        else:
-            target = {OUT: "middle", UP: "between", DOWN: "result"}[which]
-            finish_row(o, plan, which, result, values, added, ref[target])
-        if which != DOWN:
-            meeting.arrive()
-            beside = vectors_of_norm(o, plan, UP, ref) if which == OUT else []
+            beside = vectors_of_norm(o, plan, UP, memory) if which == OUT else []
+        return carry
+
+    o.loop(plan.layers, start, layer)
     o.wait_copies(0)

@@ -165,6 +165,17 @@ class Registers:
             body()
             scf.yield_([])
 
+    def branch(
+        self, condition: Reg, yes: Callable[[], Sequence[Reg]], no: Callable[[], Sequence[Reg]], like: Sequence[Reg]
+    ) -> list[Reg]:
+        """What ``yes()`` or ``no()`` returns, values of the types of ``like``; only one of them is done."""
+        kinds = [value.value.type for value in like]
+        op = scf.IfOp(condition.value, kinds, has_else=True)
+        for block, body in ((op.then_block, yes), (op.else_block, no)):
+            with ir.InsertionPoint(block):
+                scf.yield_([value.value for value in body()])
+        return [Reg(value) for value in op.results]
+
     def loop(
         self, count: int | Reg, carry: Sequence[Reg], body: Callable[[Reg, list[Reg]], Sequence[Reg]]
     ) -> list[Reg]:

@@ -75,6 +75,16 @@ class Emulated:
             body()
         self.active = before
 
+    def branch(self, condition, yes, no, like):
+        before, found = self.active, [np.zeros_like(value) for value in like]
+        for body, self.active in ((yes, before & condition), (no, before & ~condition)):
+            if self.active.any():
+                values = body()
+                assert [v.dtype for v in values] == [v.dtype for v in like]
+                found = [np.where(self.active, new, old) for new, old in zip(values, found, strict=True)]
+        self.active = before
+        return found
+
     def loop(self, count, carry, body):
         if not isinstance(count, np.ndarray):
             for i in range(count):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decoder_layer import LayerOperands, decoder_layer, workspace
+from pallas_kernels.decoder_layers import LayerOperands, decoder_layers
 from pallas_kernels.skinny_gemm import InputNorm
 
 
@@ -63,8 +63,8 @@ LARGE = {
 }  # fmt: skip
 
 
-def operands(case, seed=0):
-    """Everything :func:`decoder_layer` is given but the counters: arguments and the rotary angles."""
+def operands(case, seed=0, layers=2):
+    """Everything :func:`decoder_layers` is given: arguments and the rotary angles."""
     rng = np.random.default_rng(seed)
     dtype = jnp.dtype(case.dtype)
 
@@ -79,30 +79,33 @@ def operands(case, seed=0):
         (case.groups, heads, case.dim, case.hidden), (case.hidden, inner), (*lead, case.wide, case.hidden),
         (case.hidden, case.wide),
     ]  # fmt: skip
-    weights, scales = [], []
-    for which, shape in enumerate(shapes):
-        weight, scale = make_weight(case, random(*shape, size=shape[-1] ** -0.5), which)
-        weights.append(weight)
-        scales.append(scale)
-    biases = [random(*shape[:-1], size=0.1) if case.biased else None for shape in shapes]
-    norms = tuple(
-        InputNorm(
-            kind=case.norm, eps=1e-5, scale=1 + random(case.hidden, size=0.1),
-            bias=random(case.hidden, size=0.1) if case.norm == "layer" else None,
+
+    def layer():
+        weights, scales = [], []
+        for which, shape in enumerate(shapes):
+            weight, scale = make_weight(case, random(*shape, size=shape[-1] ** -0.5), which)
+            weights.append(weight)
+            scales.append(scale)
+        biases = [random(*shape[:-1], size=0.1) if case.biased else None for shape in shapes]
+        norms = tuple(
+            InputNorm(
+                kind=case.norm, eps=1e-5, scale=1 + random(case.hidden, size=0.1),
+                bias=random(case.hidden, size=0.1) if case.norm == "layer" else None,
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        return LayerOperands(
+            weights=tuple(weights), scales=tuple(scales), biases=tuple(biases), norms=norms, activation=case.activation
         )
-        for _ in range(2)
-    )  # fmt: skip
-    layer = LayerOperands(
-        weights=tuple(weights), scales=tuple(scales), biases=tuple(biases), norms=norms, activation=case.activation
-    )
+
     batch = len(case.lengths)
     blocks = 1 + batch * case.width
-    cache = tuple(random(blocks, case.groups, 64, case.dim) for _ in range(2))
+    caches = [tuple(random(blocks, case.groups, 64, case.dim) for _ in range(2)) for _ in range(layers)]
     tables = jnp.asarray(1 + rng.permutation(batch * case.width).reshape(batch, case.width), jnp.int32)
     positions = jnp.asarray(case.lengths, jnp.int32) - 1
     angle = jnp.asarray(rng.uniform(0, 6, (batch, case.dim // 2)), jnp.float32)
     rotary = (jnp.cos(angle), jnp.sin(angle)) if case.rotary else None
-    return (2 * random(batch, case.hidden), layer, cache, tables, positions), rotary
+    return (2 * random(batch, case.hidden), [layer() for _ in range(layers)], caches, tables, positions), rotary
 
 
 def static(case):
@@ -137,15 +140,16 @@ def quantize_like(weight, name):
     return (jnp.round(found) if name == "int8" else found).astype(dtype), scale
 
 
-def compiled(case):
+def compiled(case, layers):
     """A function and its arguments' shapes, to compile."""
-    arguments, rotary = jax.eval_shape(lambda: operands(case, None))
-    counters = jax.eval_shape(lambda: workspace(len(case.lengths), case.groups))
+    arguments, rotary = jax.eval_shape(lambda: operands(case, None, layers))
 
-    def function(arguments, rotary, counters):
-        return decoder_layer(*arguments, counters, rotary=rotary, implementation="mosaic", **static(case))
+    def function(arguments, rotary):
+        return decoder_layers(*arguments, rotary=rotary, implementation="mosaic", **static(case))
 
-    return function, (arguments, rotary, counters)
+    return function, (arguments, rotary)
 
 
-CASES = {name: functools.partial(compiled, case) for name, case in (SMALL | LARGE).items()}
+CASES = {name: functools.partial(compiled, case, 2) for name, case in (SMALL | LARGE).items()}
+CASES["32 layers of llama"] = functools.partial(compiled, LLAMA, 32)
+CASES["32 layers of llama int8"] = functools.partial(compiled, LARGE["llama int8"], 32)
