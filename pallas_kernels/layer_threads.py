@@ -40,15 +40,15 @@ class Memory:
         """Of what ``ref`` names: arrays, and where the layers have each their own, lists of them."""
         self.o, self.plan, self.ref, self.layer = o, plan, ref, o.constant(0)
         self.table = o.shared(smem["pointers"])
-        places = [(layer, name) for layer in range(plan.layers) for name in plan.parameters]
-        for warp in range(WARPS):
 
-            def keep(warp: int = warp) -> None:
-                for number in range(warp, len(places), WARPS):
-                    layer, name = places[number]
-                    o.store_shared(self.table + number * 8, o.halves(o.memory(ref[name][layer])))
+        def keep() -> None:
+            for layer in range(plan.layers):
+                for number, name in enumerate(plan.parameters):
+                    at = (layer * len(plan.parameters) + number) * 8
+                    o.store_shared(self.table + at, o.halves(o.memory(ref[name][layer])))
 
-            o.when(o.equal(o.thread, 32 * warp), keep)
+        # One thread: of a branch for each warp ptxas makes a table of jumps, which ends as an illegal instruction.
+        o.when(o.thread < 1, keep)
 
     def __call__(self, name: str) -> Any:
         """The address of an array."""
