@@ -170,8 +170,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(SMALL | LARGE), help="to check")
     parser.add_argument("--ablate", action="store_true")
     bench = Bench(parser.parse_args())
-    bench.note("limits", dataclasses.asdict(measure_limits()))
-    bandwidth = bench.found["limits"]["bandwidth"]
+    if bench.given.kinds:
+        bench.note("limits", dataclasses.asdict(measure_limits()))
+        bandwidth = bench.found["limits"]["bandwidth"]
     for name in bench.given.cases:
         case = (SMALL | LARGE)[name]
         if bench.late(10):

@@ -554,7 +554,8 @@ class Meeting:
     def wait(self, number: Any) -> None:
         """Wait until all have arrived so many times."""
         least = number * self.plan.blocks
-        self.o.when(self.o.thread < 1, lambda: self.o.await_count(self.counter, least))
+        # A whole warp asks: for one thread alone ptxas may put the sum into uniform registers, which is illegal there.
+        self.o.when(self.o.warp < 1, lambda: self.o.await_count(self.counter, least))
         self.o.sync()
 
 
