@@ -129,9 +129,7 @@ def reference(
             norm=layer.norms[0], bias=layer.biases[0], rotary=angles, weight_scale=layer.scales[0],
         )  # fmt: skip
         written.append(cache)
-        y = decode_attention(
-            query[:, 0], *cache, tables, jnp.maximum(positions + 1, 0), scale=scale, window=window
-        )
+        y = decode_attention(query[:, 0], *cache, tables, jnp.maximum(positions + 1, 0), scale=scale, window=window)
 
         def product(h: jax.Array, which: int, layer: LayerOperands = layer, **rest: Any) -> jax.Array:
             given = {"bias": layer.biases[which], "weight_scale": layer.scales[which]}

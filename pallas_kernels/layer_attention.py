@@ -3,7 +3,7 @@
 A unit is a sequence, a key head and one of the ``splits`` of its keys; a block of threads takes every ``blocks``-th. Its
 warps take ``tokens`` keys at a time. A lane loads 8 entries of a key or value, all of its loads before the first is
 used; lanes that share a key add their products up. What the warps have found is put together in shared memory, what
-the splits have by whichever block is the last of them.
+the splits have by the block of the first.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ NEVER = -1e30
 """A score that is none; finite, since it is subtracted from itself."""
 
 LOG2E = 1.4426950408889634
-
-COUNTERS = 32
-"""Where in the workspace the counters of splits begin."""
 
 
 def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
@@ -47,40 +44,52 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) ->
     rows = 32 // lanes
     loads, heads = plan.tokens // rows, range(plan.per_group)
     length = o.load_memory(memory("lengths") + o.wide(sequence) * 4)[0]
+    # The new token is not read from the cache, where it may not be yet, but is received like the query.
+    before = o.select(length < 1, 0, length - 1)
     first = o.constant(0)
     if plan.window is not None:
         first = o.select(length < plan.window, 0, length - plan.window)
-    begin, end = first // plan.tokens, (length + (plan.tokens - 1)) // plan.tokens
-    whole = end - begin
+    begin, end = first // plan.tokens, (before + (plan.tokens - 1)) // plan.tokens
+    whole = o.select(begin < end, end - begin, 0)
     low, high = begin + whole * split // plan.splits, begin + whole * (split + 1) // plan.splits
     mine = low + o.warp
     count = (high + (WARPS - 1) - mine) // WARPS  # the first is at most 15 more than the last
-    queries = []
-    for head in heads:
-        at = (whose * plan.per_group + head) * plan.dim + o.lane % lanes * 8
-        words = o.load_memory(memory("query") + o.wide(at) * 2, 4)
-        queries.append([v * (plan.scale * LOG2E) for word in words for v in o.unpack(plan.kind, word)])
     table = memory("tables") + o.wide(sequence * plan.width) * 4
     caches = {name: memory(name) for name in ("keys", "values")}
     own_row = o.lane // lanes
 
-    def step(i: Any, carry: list[Any]) -> list[Any]:
+    def place(i: Any) -> tuple[Any, Any]:
+        """A step's first key, and where a lane's part of it is."""
         token = (mine + i * WARPS) * plan.tokens
         block = o.load_memory(table + o.wide(token // BLOCK_SIZE) * 4)[0]
         row = (block * plan.groups + group) * BLOCK_SIZE + token % BLOCK_SIZE + own_row
-        at = o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16)
-        found = {}
-        for name in ("keys", "values"):
-            start = caches[name] + at
-            found[name] = [o.load_memory(start + load * rows * plan.dim * 2, 4) for load in range(loads)]
-        seen = []
+        return token, o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16)
+
+    def ahead() -> None:
+        _, at = place(o.constant(0))
         for load in range(loads):
-            place = token + own_row + load * rows
-            inside = place < length
-            seen.append(inside if plan.window is None else inside & (first < place + 1))
+            for start in caches.values():
+                o.prefetch(start + at + load * rows * plan.dim * 2)
+
+    o.when(o.constant(0) < count, ahead)  # the first keys come while the query is computed
+
+    def head_words(number: Any) -> list[Any]:
+        """A lane's 8 entries of a head that was sent."""
+        at = ((group * (plan.per_group + 2) + number) * plan.dim + o.lane % lanes * 8) // 2
+        both = [memory.packet("heads", sequence, at + j) for j in (0, 2)]
+        found: list[Any] = o.receive(both, memory.epoch, pairs=True)
+        return found
+
+    queries = []
+    for head in heads:
+        words = head_words(o.constant(head))
+        queries.append([v * (plan.scale * LOG2E) for word in words for v in o.unpack(plan.kind, word)])
+
+    def add(carry: list[Any], keys: list[list[Any]], values: list[list[Any]], seen: list[Any]) -> list[Any]:
+        """Attend to some keys more: of each load a lane's 8 entries of a key and a value, and whether it is seen."""
         scores: list[list[Any]] = [[] for _ in heads]
-        for load in range(loads):
-            key = [v for word in found["keys"][load] for v in o.unpack(plan.kind, word)]
+        for words in keys:
+            key = [v for word in words for v in o.unpack(plan.kind, word)]
             for head in heads:
                 score = key[0] * queries[head][0]
                 for a, b in zip(key[1:], queries[head][1:], strict=True):
@@ -107,18 +116,37 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) ->
                 total = total + value
             weights.append(weight)
             state.append([top, total, *(value * less for value in carry[10 * head + 2 : 10 * head + 10])])
-        for load in range(loads):
+        for load, words in enumerate(values):
             # What lies behind a sequence's end may be anything, NaN included.
-            words = [o.select(seen[load], word, 0) for word in found["values"][load]]
-            value = [v for word in words for v in o.unpack(plan.kind, word)]
+            value = [v for word in words for v in o.unpack(plan.kind, o.select(seen[load], word, 0))]
             for head in heads:
                 state[head][2:] = [
                     o.fma(weights[head][load], a, b) for a, b in zip(value, state[head][2:], strict=True)
                 ]
         return [value for head in state for value in head]
 
+    def step(i: Any, carry: list[Any]) -> list[Any]:
+        token, at = place(i)
+        found = {
+            name: [o.load_memory(start + at + load * rows * plan.dim * 2, 4) for load in range(loads)]
+            for name, start in caches.items()
+        }
+        seen = []
+        for load in range(loads):
+            number = token + own_row + load * rows
+            inside = number < before
+            seen.append(inside if plan.window is None else inside & (first < number + 1))
+        return add(carry, found["keys"], found["values"], seen)
+
     start = [o.constant(NEVER), *[o.constant(0.0)] * 9] * plan.per_group
-    carry = o.loop(count, start, step)
+    carry = list(o.loop(count, start, step))
+
+    def newest() -> list[Any]:
+        key, value = (head_words(o.constant(plan.per_group + i)) for i in range(2))
+        return add(carry, [key], [value], [own_row < 1])
+
+    has_newest = (o.constant(0) < length) & o.equal(split * WARPS + o.warp, 0)
+    carry = o.branch(has_newest, newest, lambda: carry, carry)
     found = []
     for head in heads:
         largest, *sums = carry[10 * head : 10 * head + 10]
@@ -172,42 +200,39 @@ def _together(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any], who
         value = o.float_of(o.load_shared(base + (thread + warp * size) * 4)[0])
         parts.append((largest, total, value))
     top, total, value = _put_together(o, parts)
-    target = memory("attended") + o.wide(whose * size + thread) * 2
+    epoch, (start, _) = memory.epoch, plan.packets["partial"]
+    each = plan.per_group * (plan.dim + 2)
 
-    def write(total: Any, value: Any, where: Any) -> None:
-        o.store_half(plan.kind, target, o.select(o.constant(0.0) < total, o.divide(value, total), 0.0), where)
-
-    if plan.splits == 1:
-        write(total, value, active)
-        return
-    partial, sizes, counters = memory("partial"), memory("partial_sizes"), memory("counters")
+    def partial(number: Any, place: Any) -> Any:
+        return memory("exchange") + o.wide((whose * plan.splits + number) * each + place + start) * 8
 
     def leave() -> None:
-        number = whose * plan.splits + split
-        o.store_memory(partial + o.wide(number * size + thread) * 4, [value])
-        o.store_memory(sizes + o.wide((number * plan.per_group + head) * 2) * 4, [top, total])  # by all of a head
+        o.send(partial(split, thread), value, epoch)
 
-    o.when(active, leave)
-    o.sync()
-    flag = o.shared(smem["scratch"])
+        def sizes() -> None:
+            o.send(partial(split, size + 2 * head), top, epoch)
+            o.send(partial(split, size + 2 * head + 1), total, epoch)
 
-    def come() -> None:
-        counter = counters + o.wide(whose + COUNTERS) * 4
-        o.store_shared(flag, [o.count(counter)])
+        o.when(o.equal(thread % plan.dim, 0), sizes)
 
-    o.when(o.thread < 1, come)
-    o.sync()
-    last = o.equal(o.load_shared(flag)[0] % plan.splits, plan.splits - 1)
-
-    def finish() -> None:
-        parts = []
-        for i in range(plan.splits):  # all loads before the first is used
-            number = whose * plan.splits + i
-            entry = o.float_of(o.load_memory(partial + o.wide(number * size + thread) * 4)[0])
-            at = sizes + o.wide((number * plan.per_group + head) * 2) * 4
-            largest, one = (o.float_of(word) for word in o.load_memory(at, 2))
-            parts.append((largest, one, entry))
+    def finish(parts: list[tuple[Any, Any, Any]]) -> None:
         _, total, value = _put_together(o, parts)
-        write(total, value, active)
+        value = o.select(o.constant(0.0) < total, o.divide(value, total), 0.0)
+        word = o.pack(plan.kind, value, o.across(value, 1))
+        at = memory.packet("attended", whose // plan.groups, (whose % plan.groups * size + thread) // 2)
+        o.when(active & o.equal(thread % 2, 0), lambda: o.send(at, word, epoch))
 
-    o.when(last, finish)
+    def collect() -> None:
+        parts = [(top, total, value)]
+        for i in range(1, plan.splits, 4):  # registers for as many at once
+            places = (size + 2 * head, size + 2 * head + 1, thread)
+            wanted = [partial(o.constant(j), at) for j in range(i, min(i + 4, plan.splits)) for at in places]
+            words = [o.float_of(word) for word in o.receive(wanted, epoch)]
+            parts += [(words[j], words[j + 1], words[j + 2]) for j in range(0, len(words), 3)]
+        finish(parts)
+
+    if plan.splits == 1:
+        finish([(top, total, value)])
+        return
+    o.when(active & (o.constant(0) < split), leave)
+    o.when(o.equal(split, 0), collect)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import layer_threads
 from pallas_kernels.decoder_layers import Cache, LayerOperands
-from pallas_kernels.layer_attention import COUNTERS, attend
+from pallas_kernels.layer_attention import attend
 from pallas_kernels.layer_plan import NAMES, THREADS, LayerPlan
 
 
@@ -67,57 +67,35 @@ def run(
     own = [parameters_of(layer, plan) for layer in layers]
     # References that the kernel closes over are aliased: what it does not write is left as it is.
     blocks = [[jax.new_ref(array) for array in cache] for cache in caches]
-    counters = jax.new_ref(jnp.zeros(COUNTERS + plan.m * plan.groups, jnp.int32))
-
-    def array(*shape: int, dtype: Any = x.dtype) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    inner, between = plan.groups * plan.per_group * plan.dim, plan.products[layer_threads.DOWN].inputs
-    outs = {
-        "result": array(plan.m, plan.hidden),
-        "query": array(plan.m, inner),
-        "attended": array(plan.m, inner),
-        "middle": array(plan.m, plan.hidden),
-        "between": array(plan.m, between),
-    }
-    if plan.splits > 1:
-        heads = plan.m * plan.groups * plan.splits * plan.per_group
-        outs |= {
-            "partial": array(heads, plan.dim, dtype=jnp.float32),
-            "partial_sizes": array(heads, 2, dtype=jnp.float32),
-        }
-    names = [*operands, *outs]
+    exchange = jax.new_ref(jnp.zeros(plan.exchange, jnp.int32))
+    names = [*operands, "result", "exchange"]
+    each = len(own[0])
 
     def body(*refs: Any, **smem: Any) -> None:
         shared = list(smem.values())
-        count = len(names)
 
         def inline(_: Any, memory: list[Any], layers: list[Any], blocks: list[list[Any]], shared: list[Any]) -> None:
-            ref: dict[str, Any] = dict(zip([*names, "counters"], memory, strict=True))
+            ref: dict[str, Any] = dict(zip(names, memory, strict=True))
             for name in plan.parameters:
                 at = list(own[0]).index(name) if name in own[0] else None
-                ref[name] = [layer[at] for layer in layers] if at is not None else [
-                    both[name == "values"] for both in blocks
-                ]
+                ref[name] = (
+                    [layer[at] for layer in layers] if at is not None else [both[name == "values"] for both in blocks]
+                )
             smem_of = dict(zip(smem, shared, strict=True))
             layer_threads.run(Registers(THREADS), plan, ref, smem_of, attend)
 
-        each = len(own[0])
-        inputs, results = refs[: len(operands)], refs[len(operands) + each * plan.layers :]
-        memory = [*inputs, *results, counters]
-        layers = [
-            list(refs[len(operands) + i * each : len(operands) + (i + 1) * each]) for i in range(plan.layers)
-        ]
+        memory = [*refs[: len(operands)], refs[-1], exchange]
+        layers = [list(refs[len(operands) + i * each : len(operands) + (i + 1) * each]) for i in range(plan.layers)]
         kind = plgpu.RefType
         types = (
-            [kind()] * (count + 1), [[kind()] * each for _ in layers], [[kind()] * 2 for _ in layers],
+            [kind()] * len(names), [[kind()] * each for _ in layers], [[kind()] * 2 for _ in layers],
             [kind()] * len(shared),
         )  # fmt: skip
         plgpu.inline_mgpu(arg_types=types)(inline)(memory, layers, blocks, shared)
 
     kernel = plgpu.kernel(
         body,
-        out_type=list(outs.values()),
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_types={name: plgpu.SMEM((size,), jnp.int8) for name, size in plan.arrays.items()},
         grid=(plan.blocks,),
         grid_names=("block",),
@@ -126,5 +104,5 @@ def run(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
         kernel_name="decoder_layers",
     )
-    y, *_ = kernel(*operands.values(), *(array for layer in own for array in layer.values()))
+    y = kernel(*operands.values(), *(array for layer in own for array in layer.values()))
     return y, tuple((jax.freeze(keys), jax.freeze(values)) for keys, values in blocks)

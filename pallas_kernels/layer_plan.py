@@ -227,12 +227,32 @@ class LayerPlan:
     @property
     def table(self) -> int:
         """Bytes of what is said of the block's tiles of a layer."""
-        return sum(self.most) * ENTRY
+        return max(1, sum(self.most)) * ENTRY
 
     @property
     def pointers(self) -> int:
         """Bytes of the addresses of the layers' arrays."""
         return 8 * self.layers * len(self.parameters)
+
+    @property
+    def packets(self) -> dict[str, tuple[int, int]]:
+        """What blocks hand each other in packets of 8 bytes, for each sequence: where it begins, and how many."""
+        inner, heads = self.groups * self.per_group * self.dim, self.groups * (self.per_group + 2)
+        counts = {
+            "stream": self.hidden // 2, "heads": heads * self.dim // 2, "attended": inner // 2,
+            "middle": self.hidden // 2, "between": self.products[3].inputs // 2,
+            "partial": self.groups * self.splits * self.per_group * (self.dim + 2) if self.splits > 1 else 0,
+        }  # fmt: skip
+        found, start = {}, 0
+        for name, count in counts.items():
+            found[name] = start, count
+            start += self.m * count
+        return found
+
+    @property
+    def exchange(self) -> int:
+        """Words of all packets."""
+        return 2 * self.m * sum(count for _, count in self.packets.values())
 
     @property
     def group_sums(self) -> int:
@@ -272,6 +292,8 @@ class LayerPlan:
             return f"{self.per_group} query heads a key head with head_dim {self.dim}"
         if max(self.most) * PAIRS * self.m > THREADS:
             return f"{self.m} sequences with {max(product.channels for product in self.products)} channels"
+        if self.splits > 1 and self.m * self.groups * self.splits > self.blocks:
+            return f"{self.splits} splits of {self.m * self.groups} heads' keys: those of a head wait for each other"
         if self.shared > SMEM_PER_SM - 1024:
             return f"{self.m} sequences with {max(product.inputs for product in self.products)} inputs"
         return None

@@ -15,6 +15,8 @@ from pallas_kernels.layer_plan import CHUNK, ENTRY, NAMES, PAIRS, THREADS, WARPS
 from pallas_kernels.quantized_threads import ordered, run_order, widen
 
 QKV, OUT, UP, DOWN = range(4)
+SOURCES = {QKV: "stream", OUT: "attended", UP: "middle", DOWN: "between"}
+TARGETS = {OUT: "middle", UP: "between", DOWN: "stream"}
 
 
 def tiles_of(o: Any, plan: LayerPlan, which: int) -> tuple[Any, Any]:
@@ -34,11 +36,13 @@ class Memory:
 
     Attributes:
         layer: its number.
+        epoch: of its packets; none has 0, which is what there is before.
     """
 
     def __init__(self, o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -> None:
         """Of what ``ref`` names: arrays, and where the layers have each their own, lists of them."""
-        self.o, self.plan, self.ref, self.layer = o, plan, ref, o.constant(0)
+        self.o, self.plan, self.ref = o, plan, ref
+        self.layer = self.epoch = o.constant(0)
         self.table = o.shared(smem["pointers"])
 
         def keep() -> None:
@@ -55,6 +59,11 @@ class Memory:
         if name not in self.plan.parameters:
             return self.o.memory(self.ref[name])
         return self.of_layer(self.layer, self.o.constant(self.plan.parameters.index(name)))
+
+    def packet(self, name: str, token: Any, number: Any) -> Any:
+        """The address of a packet of a sequence."""
+        start, count = self.plan.packets[name]
+        return self("exchange") + self.o.wide(token * count + number + start) * 8
 
     def of_layer(self, layer: Any, number: Any) -> Any:
         """The address of the array of a layer with a number in ``plan.parameters``."""
@@ -93,6 +102,14 @@ class Stream:
 
             o.when(o.thread < count, enter)
             self.entries = self.entries + count
+
+        def nothing() -> None:  # a block without tiles: lines of no bytes, for ever
+            zero = o.constant(0)
+            o.store_shared(self.table, [zero] * 4)
+            o.store_shared(self.table + 16, [zero] * 4)
+            o.store_shared(self.table + 32, [zero] * 4)
+
+        o.when((o.thread < 1) & o.equal(self.entries, 0), nothing)
 
     def fill(self) -> list[Any]:
         """Start to copy as much as the ring holds; return the cursor."""
@@ -145,7 +162,7 @@ class Stream:
         o.commit_copies()
 
         def following() -> list[Any]:
-            last = o.equal(entry + 1, self.entries)
+            last = self.entries < entry + 2
             return self._at(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
 
         step = step + 1
@@ -184,9 +201,7 @@ def place_of(o: Any, plan: LayerPlan, product: Product, run: Any) -> Any:
     return o.select(run < last, place, (last - 1) * 16) if last % THREADS else place
 
 
-def stage(
-    o: Any, plan: LayerPlan, which: int, x: Any, vectors: list[Any], smem: dict[str, Any]
-) -> None:
+def stage(o: Any, plan: LayerPlan, which: int, vectors: list[Any], memory: Memory, smem: dict[str, Any]) -> None:
     """Put x, normalised, into shared memory in the order in which it is multiplied."""
     product = plan.products[which]
     norm = plan.norms[which // 2] if which in (QKV, UP) else None
@@ -194,9 +209,8 @@ def stage(
     runs = runs_of(o, product)
     words = []
     for token in range(plan.m):
-        for run, inside in runs:
-            at = o.wide(o.select(inside, run, 0) * 16 + token * product.inputs * 2)
-            words.append([o.select(inside, word, 0) for word in o.load_memory(x + at, 4)])
+        for run, found in zip(runs, _received(o, which, token, memory, runs), strict=True):
+            words.append([o.select(run[1], word, 0) for word in found])
     sizes = _sizes(o, plan, norm, product.inputs, words, smem) if norm is not None else []
     last = product.staged // 8
     for i, (run, inside) in enumerate(runs):
@@ -215,6 +229,31 @@ def stage(
                 o.when(run < last, lambda at=at, own=own: o.store_shared(at, own))
             else:
                 o.store_shared(at, own)
+
+
+def _received(o: Any, which: int, token: int, memory: Memory, runs: list[tuple[Any, Any]]) -> list[list[Any]]:
+    """Four words of each run of a sequence: what a product's blocks have sent, or of the first layer's input."""
+    inputs = memory.plan.products[which].inputs
+    at = [o.select(inside, run, 0) for run, inside in runs]
+
+    def received() -> list[Any]:
+        found = []
+        for i in range(0, len(at), 4):  # registers for as many at once
+            both = [
+                memory.packet(SOURCES[which], o.constant(token), run * 4 + j) for run in at[i : i + 4] for j in (0, 2)
+            ]
+            found += o.receive(both, memory.epoch if which else memory.layer, pairs=True)
+        return found
+
+    def given() -> list[Any]:
+        x = memory("x")
+        return [word for run in at for word in o.load_memory(x + o.wide(run * 16 + token * inputs * 2), 4)]
+
+    if which == QKV:
+        found = o.branch(memory.layer < 1, given, received, [o.constant(0)] * (4 * len(at)))
+    else:
+        found = received()
+    return [found[i : i + 4] for i in range(0, len(found), 4)]
 
 
 def _sum_groups(
@@ -373,7 +412,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
             def keep(j: int = j, own: Any = own) -> None:
                 for half in range(2):
-                        o.store_shared(at + own * (2 * PAIRS * 4) + half * PAIRS * 4, [found[2 * half + j - 4]])
+                    o.store_shared(at + own * (2 * PAIRS * 4) + half * PAIRS * 4, [found[2 * half + j - 4]])
 
             o.when(own < plan.m, keep)
         return list(found[:-4])
@@ -419,9 +458,7 @@ class Result:
         base = o.shared(smem["sums"]) + self.slot * (WARPS * each) + self.token * (2 * PAIRS * 4) + self.pair * 4
         found = []
         for half in range(2):
-            parts = [
-                o.float_of(o.load_shared(base + warp * each + half * PAIRS * 4)[0]) for warp in range(WARPS)
-            ]
+            parts = [o.float_of(o.load_shared(base + warp * each + half * PAIRS * 4)[0]) for warp in range(WARPS)]
             while len(parts) > 1:
                 parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
             found.append(parts[0])
@@ -494,73 +531,74 @@ def load_angles(o: Any, plan: LayerPlan, result: Result, memory: Memory) -> list
 def finish_qkv(
     o: Any, plan: LayerPlan, result: Result, values: list[Any], angles: list[Any] | None, memory: Memory
 ) -> None:
-    """Rotate queries and keys; queries go to memory, keys and values to their rows of the blocks."""
+    """Rotate queries and keys; send all heads to who attends, and write keys and values to their rows of the blocks."""
     head, entry = result.low // plan.dim, result.low % plan.dim
     group, which = head // (plan.per_group + 2), head % (plan.per_group + 2)
     if angles is not None:
         cos, sin = angles
         turned = [values[0] * cos - values[1] * sin, values[1] * cos + values[0] * sin]
         values = [o.select(which < plan.per_group + 1, a, b) for a, b in zip(turned, values, strict=True)]
-    query, caches = memory("query"), [memory(name) for name in ("keys", "values")]
-    at = (result.token * (plan.groups * plan.per_group) + group * plan.per_group + which) * plan.dim + entry
-    is_query = result.active & (which < plan.per_group)
+    _send_pairs(o, plan, "heads", result, values, memory)
     slot = o.load_memory(memory("slots") + o.wide(result.token) * 4)[0]
-    there = slot < (1 << 31)  # not negative
+    there = result.active & (slot < (1 << 31))  # not negative
     block, inside = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     row = o.wide((block * plan.groups + group) * BLOCK_SIZE + inside) * (plan.dim * 2) + o.wide(entry) * 2
-    for half in range(2):
-        apart = half * plan.products[QKV].apart
-        o.store_half(plan.kind, query + o.wide(at + apart) * 2, values[half], is_query)
-        for number, cache in enumerate(caches):
-            own = result.active & there & o.equal(which, plan.per_group + number)
-            o.store_half(plan.kind, cache + row + apart * 2, values[half], own)
+    for number, name in enumerate(("keys", "values")):
+        own = there & o.equal(which, plan.per_group + number)
+        for half in range(2):
+            apart = half * plan.products[QKV].apart
+            o.store_half(plan.kind, memory(name) + row + apart * 2, values[half], own)
 
 
 def finish_row(
-    o: Any, plan: LayerPlan, which: int, result: Result, values: list[Any], added: list[Any] | None, target: Any
+    o: Any, plan: LayerPlan, which: int, result: Result, values: list[Any], added: list[Any] | None, memory: Memory
 ) -> None:
-    """Write a row of the stream, or of what is between up and down."""
-    product = plan.products[which]
-    width = product.channels // product.halves
-    target = target + o.wide(result.token * width) * 2
+    """Send a row of the stream, or of what is between up and down; the last layer's result is written too."""
     if which == UP:
         values = [activate(o, plan, values[0]), values[1] if plan.gated else activate(o, plan, values[1])]
         if plan.gated:
             values = [values[0] * values[1]]
     if added is not None:
         values = [value + more for value, more in zip(values, added, strict=True)]
-    for value, channel in zip(values, (result.low, result.high), strict=False):
-        o.store_half(plan.kind, target + o.wide(channel) * 2, value, result.active)
+    _send_pairs(o, plan, TARGETS[which], result, values, memory)
+    if which != DOWN:
+        return
+    target = memory("result") + o.wide(result.token * plan.hidden) * 2
+    last = result.active & o.equal(memory.layer, plan.layers - 1)
+    for value, channel in zip(values, (result.low, result.high), strict=True):
+        o.store_half(plan.kind, target + o.wide(channel) * 2, value, last)
 
 
-def load_row(o: Any, plan: LayerPlan, result: Result, source: Any) -> list[Any]:
-    """The two channels of a row of the stream."""
-    at = source + o.wide(result.token * plan.hidden) * 2
-    return [o.load_half(plan.kind, at + o.wide(channel) * 2) for channel in (result.low, result.high)]
+def _send_pairs(o: Any, plan: LayerPlan, name: str, result: Result, values: list[Any], memory: Memory) -> None:
+    """Send what a thread and its neighbour have of two adjacent channels; of two pairs, each sends one."""
+    odd = result.pair % 2
+    even = o.equal(odd, 0)
+    if len(values) == 1:
+        beside = o.across(values[0], 1)
+        word, channel, own = o.pack(plan.kind, values[0], beside), result.low, result.active & even
+    else:
+        beside = o.across(o.select(even, values[1], values[0]), 1)
+        low = o.select(even, values[0], beside)
+        high = o.select(even, beside, values[1])
+        word, own = o.pack(plan.kind, low, high), result.active
+        channel = o.select(even, result.low, result.high - 1)
+    at = memory.packet(name, result.token, channel // 2)
+    o.when(own, lambda: o.send(at, word, memory.epoch))
 
 
-class Meeting:
-    """Where the blocks of the grid wait for one another; the first is when the first layer is done up to it."""
-
-    def __init__(self, o: Any, plan: LayerPlan, memory: Memory) -> None:
-        self.o, self.plan = o, plan
-        self.counter = memory("counters")
-
-    def arrive(self) -> None:
-        """Say that the block has written what it had to."""
-        self.o.sync()
-        self.o.when(self.o.thread < 1, lambda: self.o.arrive(self.counter))
-
-    def wait(self, number: Any) -> None:
-        """Wait until all have arrived so many times."""
-        least = number * self.plan.blocks
-        # A whole warp asks: for one thread alone ptxas may put the sum into uniform registers, which is illegal there.
-        self.o.when(self.o.warp < 1, lambda: self.o.await_count(self.counter, least))
-        self.o.sync()
-
-
-MEETINGS = 5
-"""Of a layer: after each product, and after attention."""
+def load_row(o: Any, plan: LayerPlan, which: int, result: Result, memory: Memory) -> list[Any]:
+    """The two channels of a row of the stream that has been received before."""
+    if which == OUT:
+        first = memory.layer < 1
+        start = o.select(first, memory("x"), memory.packet("stream", o.constant(0), o.constant(0)))
+        pitch = o.select(first, 4, o.constant(8))
+    else:
+        start, pitch = memory.packet("middle", o.constant(0), o.constant(0)), o.constant(8)
+    found = []
+    for channel in (result.low, result.high):
+        at = (result.token * (plan.hidden // 2) + channel // 2) * pitch + channel % 2 * 2
+        found.append(o.load_half(plan.kind, start + o.wide(at), fresh=True))
+    return found
 
 
 def run(
@@ -572,46 +610,41 @@ def run(
 ) -> None:
     """All layers, one after the other.
 
-    What a thread needs of parameters is loaded before the block waits for the others, and so is what the epilogue
-    adds. The ring is full when the block begins to wait.
+    What a thread needs of parameters is loaded before it waits for what others send, and the ring is full by then. A
+    buffer of packets is written again when all who read it before have sent something that depended on it.
     """
     memory = Memory(o, plan, ref, smem)
     stream = Stream(o, plan, memory, smem)
     o.sync()
     start = [o.constant(0), *stream.fill()]
-    meeting = Meeting(o, plan, memory)
-    x, result_of_all = memory("x"), memory("result")
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:
-        memory.layer = number
-        before = number * MEETINGS
-        # The stream is read where it came from, and after the first layer where that left it.
-        stream_in = o.select(number < 1, x, result_of_all)
-        sources = {QKV: stream_in, OUT: memory("attended"), UP: memory("middle"), DOWN: memory("between")}
-        targets = {OUT: memory("middle"), UP: memory("between"), DOWN: result_of_all}
-        beside = vectors_of_norm(o, plan, QKV, memory)
+        memory.layer, memory.epoch = number, number + 1
         for which in (QKV, OUT, UP, DOWN):
-            meeting.wait(before + (which + 1 if which else 0))
-            stage(o, plan, which, sources[which], beside, smem)
+            beside = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []
             result = Result.of(o, plan, which)
             factors, biases = vectors_of_result(o, plan, which, result, memory)
             angles = load_angles(o, plan, result, memory) if which == QKV and plan.rotary else None
-            added = None
-            if which in (OUT, DOWN):
-                added = load_row(o, plan, result, stream_in if which == OUT else memory("middle"))
+
+            def staged(which: int = which, beside: list[Any] = beside) -> None:
+                stage(o, plan, which, beside, memory, smem)
+
+            _, count = tiles_of(o, plan, which)
+            if plan.products[which].tiles < plan.blocks:
+                # A block that has nothing to do with x does not read it: nobody would wait until it has.
+                o.when(o.constant(0) < count, staged)
+            else:
+                staged()
+            added = load_row(o, plan, which, result, memory) if which in (OUT, DOWN) else None
             o.sync()
             carry = multiply(o, plan, which, stream, smem, carry)
             o.sync()
             values = affine(result.sums(o, plan, smem), factors, biases)
             if which == QKV:
                 finish_qkv(o, plan, result, values, angles, memory)
-                meeting.arrive()
-                meeting.wait(before + 1)
                 attend(o, plan, memory, smem)
             else:
-                finish_row(o, plan, which, result, values, added, targets[which])
-            meeting.arrive()
-            beside = vectors_of_norm(o, plan, UP, memory) if which == OUT else []
+                finish_row(o, plan, which, result, values, added, memory)
         return carry
 
     o.loop(plan.layers, start, layer)

@@ -298,9 +298,10 @@ class Registers:
         text = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a]; }"
         return _asm(text, address, self.constant(block), results=["f32"])[0]
 
-    def load_half(self, kind: str, address: Reg) -> Reg:
-        """Load a bfloat16 or float16 of global memory as f32."""
-        raw = _asm("{ .reg .b16 h; ld.global.b16 h, [$1]; cvt.u32.u16 $0, h; }", address, results=["i32"])[0]
+    def load_half(self, kind: str, address: Reg, *, fresh: bool = False) -> Reg:
+        """Load a bfloat16 or float16 of global memory as f32; ``fresh``, past what the SM may have kept of it."""
+        way = "volatile.global" if fresh else "global"
+        raw = _asm(f"{{ .reg .b16 h; ld.{way}.b16 h, [$1]; cvt.u32.u16 $0, h; }}", address, results=["i32"])[0]
         return self.unpack(kind, raw)[0]
 
     def _load(self, space: str, address: Reg, count: int) -> list[Reg]:
@@ -332,6 +333,36 @@ class Registers:
         kind = "f32" if values[0].floating else "b32"
         _asm(f"st.global{vector}.{kind} [$0], {names if len(values) == 1 else f'{{{names}}}'};", address, *values)
 
+    def prefetch(self, address: Reg) -> None:
+        """Bring 128 bytes of global memory into the L2 cache, without waiting for them."""
+        _asm("prefetch.global.L2 [$0];", address)
+
+    # Packets, by which blocks of one grid hand on what they have computed: a word and the number of what it is of. They
+    # are written and read as one, so that who finds the number has the word: no fence, and no waiting for other words.
+
+    def send(self, address: Reg, word: Reg, number: Reg) -> None:
+        """Write a packet of 8 bytes into global memory."""
+        word = Reg(llvm.bitcast(_type("i32"), word.value)) if word.floating else word
+        _asm("st.volatile.global.v2.b32 [$0], {$1, $2};", address, word, number)
+
+    def receive(self, addresses: Sequence[Reg], number: Reg, pairs: bool = False) -> list[Reg]:
+        """Wait until the packets at all addresses have a number, and return their words.
+
+        With ``pairs`` there are two packets at each, in 16 bytes.
+        """
+        each = 1 + pairs
+        words = each * len(addresses)
+        lines = []
+        for i in range(len(addresses)):
+            names = ", ".join(f"${i * each + j}, flag{i * each + j}" for j in range(each))
+            lines.append(f"ld.volatile.global.v{2 * each}.b32 {{{names}}}, [${words + 1 + i}];")
+        lines.append(f"setp.ne.u32 wrong, flag0, ${words};")
+        lines += [f"setp.ne.or.u32 wrong, flag{i}, ${words}, wrong;" for i in range(1, words)]
+        flags = ", ".join(f"flag{i}" for i in range(words))
+        text = f"{{ .reg .pred wrong; .reg .b32 {flags}; AGAIN: {' '.join(lines)} @wrong bra AGAIN; }}"
+        found: list[Reg] = _asm(text, number, *addresses, results=["i32"] * words)
+        return found
+
     # Waiting for others.
 
     def sync(self) -> None:
@@ -340,29 +371,6 @@ class Registers:
             utils.warpgroup_barrier()
         else:
             _asm(f"bar.sync 0, {self.threads};", convergent=True)
-
-    def count(self, address: Reg) -> Reg:
-        """Add one to a counter in global memory and return what it was.
-
-        What the thread has seen written before is written for whoever finds the counter so, and the other way round.
-        """
-        _asm("fence.acq_rel.gpu;")
-        old = _asm("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", address, results=["i32"])[0]
-        _asm("fence.acq_rel.gpu;")
-        return old
-
-    def arrive(self, address: Reg) -> None:
-        """Add one to a counter in global memory, after all that the thread has seen written."""
-        _asm("fence.acq_rel.gpu;")
-        _asm("red.release.gpu.global.add.u32 [$0], 1;", address)
-
-    def await_count(self, address: Reg, least: Reg) -> None:
-        """Wait until a counter that only grows has a value; what was written before it grew can be read then."""
-        _asm(
-            "{ .reg .pred p; .reg .s32 v; AGAIN: ld.acquire.gpu.global.s32 v, [$0]; sub.s32 v, v, $1; "
-            "setp.lt.s32 p, v, 0; @p bra AGAIN; }",
-            address, least,
-        )  # fmt: skip
 
     def sync_cluster(self) -> None:
         """Wait for the threads of the cluster."""

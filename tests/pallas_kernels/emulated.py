@@ -207,7 +207,7 @@ class Emulated:
         word = self._words(lambda at: self.smem[block][at], address)
         return self.float_of(word)
 
-    def load_half(self, kind, address):
+    def load_half(self, kind, address, *, fresh=False):
         at = np.where(self.active, address, 0).astype(int)
         data = np.ascontiguousarray(np.stack((self.gmem[at], self.gmem[at + 1]), axis=-1))
         return data.view(KINDS[kind])[..., 0].astype(np.float32)
@@ -234,19 +234,22 @@ class Emulated:
             for j in range(4):
                 self.gmem[(address + np.uint64(4 * i + j))[self.active].astype(int)] = data[..., j][self.active]
 
-    def count(self, address):
-        old = self.constant(0)
-        for at in np.argwhere(self.active):
-            word = slice(int(address[tuple(at)]), int(address[tuple(at)]) + 4)
-            (old[tuple(at)],) = self.gmem[word].view(np.uint32)
-            self.gmem[word] = (self.gmem[word].view(np.uint32) + np.uint32(1)).view(np.uint8)
-        return old
+    def prefetch(self, address):
+        assert (address[self.active] < self.gmem.size).all()
 
-    arrive = count
+    def send(self, address, word, number):
+        assert (address[self.active] % 8 == 0).all()
+        self.store_memory(address, [word, number])
 
-    def await_count(self, address, least):
-        (found,) = self._words(lambda at: self.gmem[at], np.where(self.active, address, 0).astype(int))[None]
-        assert (found[self.active] >= least[self.active]).all()
+    def receive(self, addresses, number, pairs=False):
+        """All blocks take the same step at the same time, so what is waited for must be there."""
+        words = []
+        for address in addresses:
+            found = self.load_memory(address, 4 if pairs else 2)
+            for word, got in zip(found[::2], found[1::2], strict=True):
+                assert (got == number)[self.active].all()
+                words.append(word)
+        return words
 
     def sync(self):
         pass
