@@ -11,14 +11,20 @@ right from wrong. In rehearsal: ``XLA_FLAGS=--xla_force_host_platform_device_cou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding import TensorLimits, make_mesh
+from jaxinfer.bench import time_chain
+from sharding import TensorLimits, all_gather, all_to_all, make_mesh, psum
 
-SECONDS = {"bfloat16": (85, 60), "int8": (32, 32), "int4": (32, 32)}
+SECONDS = {"bfloat16": (75, 50), "int8": (25, 25), "int4": (25, 25)}
 """What one device takes, and what two take; the first registers the memory."""
 
 
@@ -33,6 +39,7 @@ def measure(bench: Any) -> None:
     if not bench.rehearse:
         bench.note("topology", _topology())
     bench.limits()
+    bench.note("collectives", _collectives(both, 512 if bench.rehearse else 5120))
     for weights in bench.given.weights:
         names = f"one_{weights}", f"two_{weights}"
         more = weights == "bfloat16"
@@ -52,7 +59,35 @@ def measure(bench: Any) -> None:
                 bench.note(f"{names[1]}_batch_1", _alone(bench, engine, names[1]))
                 alone = [bench.found[f"{name}_batch_1"]["step_ms"] for name in names]
                 bench.note("ratio_batch_1", {"step": alone[0] / alone[1]})
-                _both_ways(bench, engine)
+            counts = (bench.batch, max(1, bench.batch // 8)) if more else (bench.batch,)
+            _both_ways(bench, engine, weights, counts)
+
+
+def _collectives(mesh: Mesh, hidden: int) -> dict[str, Any]:
+    """Microseconds of what layers send, and the bytes that a device sends in them by the second."""
+    cases: dict[str, tuple[Callable[[jax.Array], jax.Array], tuple[int, ...], float]] = {
+        # As of 64 sequences in decode and a piece of 4096 tokens in prefill: each device sends as much as it has.
+        "all_reduce_64": (functools.partial(psum, axis="tensor"), (64, hidden), 1.0),
+        "all_reduce_4096": (functools.partial(psum, axis="tensor"), (4096, hidden), 1.0),
+        # The larger of the gathered parameters, of which each device has half, in both layouts.
+        "all_gather_rows": (functools.partial(all_gather, axis="tensor", dim=0), (2 * hidden, hidden), 1.0),
+        "all_gather_columns": (functools.partial(all_gather, axis="tensor", dim=1), (hidden, 2 * hidden), 1.0),
+        # Queries, keys and values of half of 4096 tokens.
+        "all_to_all_2048": (functools.partial(all_to_all, axis="tensor", split=1, concat=0), (2048, 3 * hidden), 0.5),
+    }
+    found: dict[str, Any] = {}
+    for name, (body, shape, sent) in cases.items():
+        whole = NamedSharding(mesh, PartitionSpec())
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        x = jax.device_put(np.zeros(shape, jnp.bfloat16), whole)
+        run = jax.jit(mapped)
+
+        def step(_: Any, run: Any = run, x: jax.Array = x) -> Any:
+            return run(x)
+
+        seconds = time_chain(step, None)
+        found[name] = {"us": 1e6 * seconds, "sent_gb_s": sent * x.nbytes / 1e9 / seconds}
+    return found
 
 
 def _alone(bench: Any, engine: Any, name: str) -> dict[str, Any]:
@@ -85,7 +120,7 @@ def _agreement(said: list[list[int]], others: list[list[int]]) -> dict[str, floa
     }
 
 
-def _both_ways(bench: Any, engine: Any) -> None:
+def _both_ways(bench: Any, engine: Any, weights: str, counts: tuple[int, ...]) -> None:
     """Prefill with weights gathered and with weights sharded, whatever the plan chose."""
     executor, asked = engine.executor, bench.prompts(engine, bench.batch)
     chosen, gather, gathered = executor.tiers, executor._gather, []
@@ -96,13 +131,13 @@ def _both_ways(bench: Any, engine: Any) -> None:
 
     least = chosen.gathering.tokens
     executor._gather = watched
-    for count in dict.fromkeys((bench.batch, max(1, bench.batch // 8))):
+    for count in dict.fromkeys(counts):
         tokens = count * bench.prompt
         found: dict[str, Any] = {"tokens": tokens, "from": least, "why": chosen.gathering.why}
         found["chosen"] = "gathered" if least is not None and tokens >= least else "sharded"
         for way, forced in (("gathered", 1), ("sharded", None)):
-            name = f"prefill_{tokens}_{way}"
-            if bench.late(name, 12):
+            name = f"prefill_{weights}_{tokens}_{way}"
+            if bench.late(name, 10):
                 continue
             executor.tiers = dataclasses.replace(chosen, gathering=dataclasses.replace(chosen.gathering, tokens=forced))
             gathered.clear()
@@ -117,11 +152,11 @@ def _both_ways(bench: Any, engine: Any) -> None:
         if "gathered" in found and "sharded" in found:
             found["sharded_over_gathered"] = found["sharded"]["seconds"] / found["gathered"]["seconds"]
             found["faster"] = "gathered" if found["sharded_over_gathered"] > 1 else "sharded"
-        bench.note(f"prefill_{tokens}_both_ways", found)
+        bench.note(f"prefill_{weights}_{tokens}_both_ways", found)
     executor.tiers = chosen
     del executor._gather
     report = engine.offload_report()["device"]
-    bench.note("memory_of_two", report | {"gathering_bytes": chosen.gathering.nbytes})
+    bench.note(f"memory_of_two_{weights}", report | {"gathering_bytes": chosen.gathering.nbytes})
 
 
 def _topology() -> list[str]:
