@@ -59,6 +59,8 @@ def measure(bench: Any) -> None:
                 bench.note(f"{names[1]}_batch_1", _alone(bench, engine, names[1]))
                 alone = [bench.found[f"{name}_batch_1"]["step_ms"] for name in names]
                 bench.note("ratio_batch_1", {"step": alone[0] / alone[1]})
+            memory = {"planned": engine.plan.total_bytes_per_device, "peak": _peak(both)}
+            bench.note(f"memory_of_two_{weights}", memory | {"gathering": engine.plan.tiers.gathering.nbytes})
             counts = (bench.batch, max(1, bench.batch // 8)) if more else (bench.batch,)
             _both_ways(bench, engine, weights, counts)
 
@@ -135,11 +137,14 @@ def _both_ways(bench: Any, engine: Any, weights: str, counts: tuple[int, ...]) -
         tokens = count * bench.prompt
         found: dict[str, Any] = {"tokens": tokens, "from": least, "why": chosen.gathering.why}
         found["chosen"] = "gathered" if least is not None and tokens >= least else "sharded"
-        for way, forced in (("gathered", 1), ("sharded", None)):
+        # Twice the piece of the pass: with gathered weights a device computes half of it.
+        ways = {"gathered": (1, 1), "sharded": (None, 1), "gathered_twice_the_piece": (1, 2)}
+        for way, (forced, pieces) in ways.items():
             name = f"prefill_{weights}_{tokens}_{way}"
-            if bench.late(name, 10):
+            if (pieces > 1 and (count < bench.batch or weights == "int4")) or bench.late(name, 12):
                 continue
-            executor.tiers = dataclasses.replace(chosen, gathering=dataclasses.replace(chosen.gathering, tokens=forced))
+            gathering = dataclasses.replace(chosen.gathering, tokens=forced)
+            executor.tiers = dataclasses.replace(chosen, gathering=gathering, micro_tokens=pieces * chosen.micro_tokens)
             gathered.clear()
             first = bench.run(engine, asked[:count], 1)
             if bool(gathered) != (forced is not None):
@@ -155,8 +160,12 @@ def _both_ways(bench: Any, engine: Any, weights: str, counts: tuple[int, ...]) -
         bench.note(f"prefill_{weights}_{tokens}_both_ways", found)
     executor.tiers = chosen
     del executor._gather
-    report = engine.offload_report()["device"]
-    bench.note(f"memory_of_two_{weights}", report | {"gathering_bytes": chosen.gathering.nbytes})
+
+
+def _peak(mesh: Mesh) -> int | None:
+    """Most bytes that were in use on the last device, which held no model alone."""
+    stats = mesh.devices.flat[-1].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
 
 
 def _topology() -> list[str]:
