@@ -59,8 +59,10 @@ def measure(bench: Any) -> None:
                 bench.note(f"{names[1]}_batch_1", _alone(bench, engine, names[1]))
                 alone = [bench.found[f"{name}_batch_1"]["step_ms"] for name in names]
                 bench.note("ratio_batch_1", {"step": alone[0] / alone[1]})
-            memory = {"planned": engine.plan.total_bytes_per_device, "peak": _peak(both)}
-            bench.note(f"memory_of_two_{weights}", memory | {"gathering": engine.plan.tiers.gathering.nbytes})
+            if not any(f"two_{other}" in bench.found for other in bench.given.weights if other != weights):
+                # The peak is of the whole run.
+                memory = {"planned": engine.plan.total_bytes_per_device, "peak": _peak(both)}
+                bench.note(f"memory_of_two_{weights}", memory | {"gathering": engine.plan.tiers.gathering.nbytes})
             counts = (bench.batch, max(1, bench.batch // 8)) if more else (bench.batch,)
             _both_ways(bench, engine, weights, counts)
 

@@ -215,4 +215,4 @@ def test_memory_of_two_gpus_is_what_the_plan_says(two):
         for device, was in zip(devices, before, strict=True):
             assert device.memory_stats()["bytes_in_use"] - was <= paged.plan.total_bytes_per_device
     for device, was in zip(devices, before, strict=True):
-        assert device.memory_stats()["bytes_in_use"] - was < 1 << 20
+        assert device.memory_stats()["bytes_in_use"] - was < 4 << 20  # beside the model, some for communication
