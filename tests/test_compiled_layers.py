@@ -40,3 +40,5 @@ def test_two_devices_sum_in_decode_and_exchange_where_weights_are_gathered(name,
     assert set(gather) == {"all-gather"}
     result, besides, planned = found.gathering
     assert result + besides <= planned
+    if "int4" not in name:  # of which small factors are much, in this size
+        assert 2 * result + besides <= planned, "the layer before may still be there"
