@@ -6,6 +6,7 @@
     python benchmarks/offload.py disk --folder /tmp --out benchmarks/results/offload_disk_h200.json --seconds 180
 
 ``host``: OPT-13B's shape, batch 64, prompts of 512 tokens; decode steps at bfloat16, int8 and int4, and prefill.
+``two``: the same on one device and on two, see ``offload_two.py``.
 ``largest``: the same with as many sequences as fit. ``kv``: a device of 16 GB, with the KV cache on it, and in host
 memory. ``disk``: a model of 40 GB that is made there, through a device of 1.6 GB, three times: through the page cache,
 past it, and resident, for its tokens. Weights are random; in host memory every layer has the same ones, in a place of
@@ -32,13 +33,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import machine
 import numpy as np
+import offload_two
 import shapes
+from jax.sharding import Mesh
+from offload_memory import Arena, same_layers
 
 import jaxinfer
 from jaxinfer import SamplingParams
@@ -53,43 +56,7 @@ from jaxinfer.pretrained import Pretrained
 from sharding import TensorLimits, make_mesh
 
 PROMPT, BATCH, STEPS = 512, 64, 8
-PIECE = 32 << 20
 HOST_MEMORY = 112 << 30  # of 128 GiB; a virtual machine may show less as free, and get more when it asks
-
-
-class Arena:
-    """Registered memory that one engine after another is given: to get it takes longer than to measure with it.
-
-    Attributes:
-        holds: address -> the packing of the layer that lies there.
-    """
-
-    def __init__(self, chunk: int) -> None:
-        self.chunk, self.chunks, self.holds = chunk, [], {}
-        self.begin()
-
-    def begin(self) -> None:
-        """Give everything out again."""
-        self.used = [0] * len(self.chunks)
-
-    def buffer(self, nbytes: int, device: jax.Device) -> Any:
-        """What stands for a HostBuffer."""
-        size = -(-nbytes // 4096) * 4096
-        at = next((i for i, chunk in enumerate(self.chunks) if self.used[i] + size <= len(chunk.array)), None)
-        if at is None:
-            at = len(self.chunks)
-            self.chunks.append(HostBuffer(max(size, self.chunk), device))
-            self.used.append(0)
-        start = self.used[at]
-        self.used[at] += size
-        return SimpleNamespace(array=self.chunks[at].array[start : start + nbytes], close=lambda: None)
-
-    def empty(self, nbytes: int, device: jax.Device) -> Any:
-        """The same for a cache, which begins with zeros and not with what was a layer's."""
-        found = self.buffer(nbytes, device)
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda at: found.array[at : at + PIECE].fill(0), range(0, nbytes, PIECE)))
-        return found
 
 
 class Bench:
@@ -125,13 +92,13 @@ class Bench:
         if "limits" not in self.found:
             self.note("limits", dataclasses.asdict(measure_limits()))
 
-    def link(self, packing: Any) -> float:
-        """Bytes per second of a layer's transfers, a dozen in a row from two buffers, with nothing beside them."""
-        device = self.mesh.devices.flat[0]
-        buffers = [HostBuffer(packing.nbytes, device) for _ in range(2)]
+    def link(self, packing: Any, mesh: Mesh | None = None) -> float:
+        """Bytes per second to each device of a layer's transfers alone, a dozen in a row from two buffers."""
+        mesh = mesh or self.mesh
+        buffers = [HostBuffer(packing.nbytes * packing.parts, mesh.devices.flat[0]) for _ in range(2)]
         for buffer in buffers:
             buffer.array.fill(1)
-        link, rates = Link(self.mesh, Timeline()), []
+        link, rates = Link(mesh, Timeline()), []
         for _ in range(3):
             begin = time.perf_counter()
             tickets = []
@@ -139,7 +106,7 @@ class Bench:
                 if len(tickets) > 1:
                     tickets[-2].landed.wait()
                     tickets[-2].drop()
-                tickets.append(link.send(i, packing, [buffers[i % 2].array]))
+                tickets.append(link.send(i, packing, np.split(buffers[i % 2].array, packing.parts)))
             tickets[-1].landed.wait()
             rates.append(12 * packing.moved_bytes / (time.perf_counter() - begin))
         link.close()
@@ -194,29 +161,39 @@ class Bench:
     def host(self) -> None:
         """Layers in host memory."""
         self.limits()
-        for quantize in self.given.weights:
-            quantize = None if quantize == "bfloat16" else quantize
-            if self.late(f"host_{quantize or 'bfloat16'}", 35 if quantize is None else 25):
-                continue
-            begin = time.perf_counter()
-            with self.paged("opt-13b", quantize=quantize, max_batch=self.batch) as engine:
-                loaded = time.perf_counter() - begin
-                rate = self.link(engine.executor.pager.packings[0])
-                moved = engine.plan.tiers.moved_bytes
-                limit = 1e3 * moved / rate
-                name = f"host_{quantize or 'bfloat16'}"
-                self.note(f"{name}_link", {"load_s": loaded, "gb_s": rate / 1e9, "step_limit_ms": limit})
-                found = self.timed(engine, self.batch, self.steps)
-                flops = engine.plan.prefill_flops(self.batch, self.prompt)
-                self.note(
-                    name,
-                    found
-                    | {
-                        "load_s": loaded, "moved_bytes": moved, "micro_tokens": engine.plan.micro_tokens,
-                        "link_gb_s": rate / 1e9, "step_limit_ms": limit, "step_share": limit / found["step_ms"],
-                        "prefill_limit_s": max(flops / self.found["limits"]["matmul"], limit / 1e3),
-                    },
-                )  # fmt: skip
+        for weights in self.given.weights:
+            if not self.late(f"host_{weights}", 35 if weights == "bfloat16" else 25):
+                with self.measured(f"host_{weights}", weights):
+                    pass
+
+    def two(self) -> None:
+        """The same on one device, and on two of them with a link each."""
+        offload_two.measure(self)
+
+    @contextlib.contextmanager
+    def measured(self, name: str, weights: str, mesh: Mesh | None = None) -> Iterator[Any]:
+        """Link, decode and prefill of OPT-13B with its layers in host memory; then the engine, to measure more with."""
+        begin = time.perf_counter()
+        quantize = None if weights == "bfloat16" else weights
+        with self.paged("opt-13b", mesh, quantize=quantize, max_batch=self.batch) as engine:
+            loaded, plan = time.perf_counter() - begin, engine.plan
+            rate = self.link(engine.executor.pager.packings[0], mesh)
+            limit = 1e3 * plan.tiers.moved_bytes / rate
+            # Of each device, while the others' are in use as well.
+            self.note(f"{name}_link", {"load_s": loaded, "gb_s": rate / 1e9, "step_limit_ms": limit})
+            found = self.timed(engine, self.batch, self.steps)
+            flops = plan.prefill_flops(self.batch, self.prompt)  # of each device
+            self.note(
+                name,
+                found
+                | {
+                    "devices": plan.devices, "load_s": loaded, "moved_bytes": plan.tiers.moved_bytes,
+                    "micro_tokens": plan.micro_tokens, "gathering": dataclasses.asdict(plan.tiers.gathering),
+                    "link_gb_s": rate / 1e9, "step_limit_ms": limit, "step_share": limit / found["step_ms"],
+                    "prefill_limit_s": max(flops / self.found["limits"]["matmul"], limit / 1e3),
+                },
+            )  # fmt: skip
+            yield engine
 
     def largest(self) -> None:
         """As many sequences as fit."""
@@ -360,7 +337,7 @@ class Bench:
         self.note("disk_resident", {"tokens": self.tokens, "page_cache_agrees": paged == self.tokens, "apart": apart})
 
     @contextlib.contextmanager
-    def paged(self, model: str, **options: Any) -> Iterator[Any]:
+    def paged(self, model: str, mesh: Mesh | None = None, **options: Any) -> Iterator[Any]:
         """A paged engine of a model with random weights, in memory that the next one gets again."""
         folder = shapes.folder(model, self.root, tiny=self.rehearse)
         own = start.HostBuffer
@@ -369,7 +346,7 @@ class Bench:
         try:
             with same_layers(self.arena):
                 engine = jaxinfer.init_inference(
-                    folder, {"tensor": 1}, offload="host", load_format="dummy", progress=False,
+                    folder, mesh or self.mesh, offload="host", load_format="dummy", progress=False,
                     max_model_len=self.prompt + 64, host_memory=HOST_MEMORY, **options,
                 )  # fmt: skip
         finally:
@@ -378,37 +355,6 @@ class Bench:
             yield engine
         del engine
         gc.collect()
-
-
-@contextlib.contextmanager
-def same_layers(arena: Arena) -> Iterator[None]:
-    """Draw one layer, and copy it for the others: the processor draws slowly. What an arena holds is left there."""
-    fill, drawn = start._Filler.fill, {}
-
-    def faster(self: Any, layer: int, packing: Any, parts: list[np.ndarray]) -> None:
-        place = parts[0].ctypes.data
-        if arena.holds.get(place) == packing:
-            drawn.setdefault(packing, parts)
-            return
-        if packing not in drawn:
-            arena.holds.clear()  # of another packing, over which these are written
-            fill(self, layer, packing, parts)
-            drawn[packing] = parts
-        else:
-            jobs = [
-                (target[at : at + PIECE], source[at : at + PIECE])
-                for target, source in zip(parts, drawn[packing], strict=True)
-                for at in range(0, len(target), PIECE)
-            ]
-            with ThreadPoolExecutor(16) as pool:
-                list(pool.map(lambda job: np.copyto(*job), jobs))
-        arena.holds[place] = packing
-
-    start._Filler.fill = faster
-    try:
-        yield
-    finally:
-        start._Filler.fill = fill
 
 
 def make_store(folder: Path, place: Path, said: Callable[[int, int], None], threads: int = 4) -> None:
@@ -479,13 +425,13 @@ def direct_rate(files: list[Path], threads: int, most: int = 2 << 30) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("host", "largest", "kv", "disk"))
+    parser.add_argument("parts", nargs="+", choices=("host", "two", "largest", "kv", "disk"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="where the store is made, on the disk that is measured")
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun that would end later")
     parser.add_argument("--micro-tokens", type=int, help="most prompt tokens that a layer computes at a time")
     parser.add_argument("--slots", type=int, help="paged layers that the device holds at once")
-    parser.add_argument("--weights", nargs="+", default=["bfloat16", "int8", "int4"], help="of the part `host`")
+    parser.add_argument("--weights", nargs="+", default=["bfloat16", "int8", "int4"], help="of `host` and `two`")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on a CPU")
     bench = Bench(parser.parse_args())
     if bench.given.micro_tokens:

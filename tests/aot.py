@@ -103,15 +103,15 @@ def _read(part: str) -> tuple[str, Report]:
     )
 
 
-def described() -> Any:
-    """The described GPU, a ``jax.Device`` that is not here."""
+def described(count: int = 1) -> list[Any]:
+    """The described GPU, as many of one host: ``jax.Device`` s that are not here."""
     import jax
     from jax.experimental import topologies
 
     jax.devices()  # the plugin registers itself when JAX looks for platforms
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="NVIDIA H200", topology="1x1x1", target_config=TARGET.read_text()
-    ).devices[0]
+        platform="cuda", topology_name="NVIDIA H200", topology=f"1x1x{count}", target_config=TARGET.read_text()
+    ).devices
 
 
 def compiler() -> Callable[..., Any]:
@@ -120,7 +120,7 @@ def compiler() -> Callable[..., Any]:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    sharding = NamedSharding(Mesh(np.array([described()]), ("x",)), PartitionSpec())
+    sharding = NamedSharding(Mesh(np.array(described()), ("x",)), PartitionSpec())
 
     def compile_one(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), list(arguments))

@@ -7,6 +7,7 @@ Compiling happens in a process of its own::
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -27,18 +28,29 @@ CASES: dict[str, dict[str, Any]] = {
     "cache in host memory": {"kv_offload": "host"},
     "int8 cache in host memory": {"kv_offload": "host", "quantize": "int8", "kv_dtype": "int8"},
 }
+TWO: dict[str, dict[str, Any]] = {
+    "two devices": {"tensor": 2},
+    "int4 on two devices": {"tensor": 2, "quantize": "int4"},
+}
 TOKENS = 64
+COLLECTIVES = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of a layer's decode and prefill: kernels of ours, bytes in place, temporary bytes; and a cache's bytes."""
+    """Of a layer's decode and prefill: kernels of ours, bytes in place, temporary bytes; and a cache's bytes.
+
+    With two devices also prefill with gathered weights and the gathering itself: how often all four communicate; and of
+    gathering the bytes of results, of what it takes besides, and of what the plan has for it.
+    """
 
     decode: dict[str, int]
     aliased: tuple[int, int]
     temporary: tuple[int, int]
     layer: int
     cache: int
+    sent: list[dict[str, int]]
+    gathering: tuple[int, int, int] | None = None
 
 
 def compile_layers(names: Sequence[str], timeout: float = 280) -> dict[str, Compiled]:
@@ -59,7 +71,7 @@ def build(name: str) -> Compiled:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.sharding import AxisType, Mesh, NamedSharding
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     from jaxinfer import hardware
     from jaxinfer.executor import Executor
@@ -76,10 +88,10 @@ def build(name: str) -> Compiled:
         family=name, vocab_size=512, hidden=1024, intermediate=2048, heads=8, kv_heads=8, head_dim=128,
         context_length=1024, layers=(layer,) * 3, norm=Norm(kind="rms", eps=1e-5, bias=False), gated_mlp=True,
     )  # fmt: skip
-    mesh = Mesh(np.array([aot.described()]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
-    plan = make_plan(
-        spec, dict(mesh.shape), "bfloat16", hardware.named("H200"), max_batch=4, offload="host", **CASES[name]
-    )
+    options = dict((CASES | TWO)[name])
+    devices = aot.described(options.pop("tensor", 1))
+    mesh = Mesh(np.array(devices).reshape(1, 1, 1, -1), AXES, axis_types=(AxisType.Auto,) * 4)
+    plan = make_plan(spec, dict(mesh.shape), "bfloat16", hardware.named("H200"), max_batch=4, offload="host", **options)
     packings = layer_packings(plan.parameters, spec.num_layers, plan.rules, plan.mesh)
 
     class Nowhere:
@@ -119,6 +131,16 @@ def build(name: str) -> Compiled:
         numbers = shaped((4, tokens), jnp.int32, rows)
         batch = Batch(numbers, numbers, shaped((4, 8), jnp.int32, rows))
         steps.append(executor._layer(0, ("layer", tokens), segments, executor.caches[0], hidden, batch, name))
+    gathering = None
+    if len(devices) > 1:
+        gather = executor._gather_step(0, segments)
+        whole = [shaped(one.shape, one.dtype, executor._sharding(PartitionSpec())) for one in gather.out_info]
+        batch = dataclasses.replace(batch, gathered=True)
+        hidden = shaped((4, TOKENS, spec.hidden), jnp.bfloat16, executor._sharding(executor._hidden_spec(True)))
+        steps += [executor._layer(0, ("gathered",), whole, executor.caches[0], hidden, batch, name), gather]
+        found = gather.memory_analysis()
+        assert plan.tiers is not None
+        gathering = found.output_size_in_bytes, found.temp_size_in_bytes, plan.tiers.gathering.nbytes
     calls = re.findall(r'custom_call_target="mosaic_gpu.*?op_name="[^"]*?(\w+)/\w+"', steps[0].as_text())
     memory = [step.memory_analysis() for step in steps]
     return Compiled(
@@ -126,10 +148,12 @@ def build(name: str) -> Compiled:
         (memory[0].alias_size_in_bytes, memory[1].alias_size_in_bytes),
         (memory[0].temp_size_in_bytes, memory[1].temp_size_in_bytes),
         packings[0].moved_bytes,
-        sum(math.prod(array.shape) * array.dtype.itemsize for array in executor.caches[0]),
+        sum(math.prod(array.shape) * array.dtype.itemsize for array in executor.caches[0]) // len(devices),
+        [dict(Counter(COLLECTIVES.findall(step.as_text()))) for step in steps],
+        gathering,
     )
 
 
 if __name__ == "__main__":
-    for case in sys.argv[1:] or CASES:
+    for case in sys.argv[1:] or CASES | TWO:
         print(MARK + json.dumps([case, asdict(build(case))]), flush=True)

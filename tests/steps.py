@@ -107,7 +107,7 @@ def build(name: str) -> Any:
         "norm": Norm(kind=kind, eps=1e-5, bias=kind == "layer"),
     }  # fmt: skip
     spec = ModelSpec(**fields | changes)
-    mesh = Mesh(np.array([aot.described()]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = Mesh(np.array(aot.described()).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     plan = make_plan(
         spec, dict(mesh.shape), hardware=hardware.named("H200"),
         **{"dtype": "bfloat16", "max_batch": 4, "decode_chunk": 8} | options,

@@ -146,3 +146,17 @@ def test_the_table_is_rehearsed_and_a_row_that_fails_leaves_the_rest(tmp_path):
         assert row["ours"]["share"] > 0
     assert found["rows"]["decode1"]["ours"]["trace"]["kernels"]
     assert found["ours"]["machine"]["device"] == "cpu"
+
+
+def test_paging_over_two_devices_is_rehearsed(tmp_path):
+    out = tmp_path / "two.json"
+    command = [sys.executable, "benchmarks/offload.py", "two", "--rehearse", "--weights", "bfloat16", "--out", str(out)]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16"}
+    subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True, capture_output=True, timeout=200)
+    found = json.loads(out.read_text())
+    assert found["one_bfloat16"]["moved_bytes"] > 1.9 * found["two_bfloat16"]["moved_bytes"]
+    assert found["ratio_bfloat16"]["same_first_token"] == found["ratio_bfloat16"]["same_tokens"] == 1
+    assert found["ratio_batch_1"]["step"] > 0
+    for tokens in (64, 16):
+        ways = found[f"prefill_bfloat16_{tokens}_both_ways"]
+        assert ways["faster"] in ("gathered", "sharded")

@@ -313,13 +313,14 @@ class PagedExecutor(Executor):
 
     def _gather(self, layer: int, segments: list[jax.Array]) -> list[jax.Array]:
         """The whole parameters of a layer, on every device."""
+        return self._gather_step(layer, segments)(segments)
+
+    def _gather_step(self, layer: int, segments: list[jax.Array]) -> Any:
         packing = self.pager.packings[layer]
         specs = [segment.spec for segment in packing.segments]
-        step = self._once(
+        return self._once(
             ("gather", packing), "gathering of a layer", packing.gather, (segments,), (specs,), PartitionSpec(), ()
         )
-        found: list[jax.Array] = step(segments)
-        return found
 
     def _gathers(self, tokens: int, width: int) -> bool:
         """Whether a pass of so many tokens a shard, in pieces of some width, gathers weights."""

@@ -168,6 +168,12 @@ def test_a_missing_file_is_found(store):
     assert len(verify(store).faults) > 1
 
 
+def test_missing_metadata_of_orbax_is_found(store):
+    (store / "weights" / "layers.0" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match=r"missing or damaged: weights/layers.0/_METADATA \(No such"):
+        Store(store)
+
+
 def test_a_missing_layer_is_found(store):
     shutil.rmtree(store / "weights" / "layers.1")
     with pytest.raises(CheckpointError, match=r"weights/layers\.1/"):

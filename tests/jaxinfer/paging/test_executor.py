@@ -12,17 +12,23 @@ import pytest
 import jaxinfer
 from jaxinfer import SamplingParams
 from jaxinfer.checkpoints.convert import convert
+from jaxinfer.models.families import FAMILIES
 from jaxinfer.paging import tiers
 from jaxinfer.paging.executor import PagedExecutor, frugal_options
 from pallas_kernels import Device
-from tests.cases import case
+from tests.cases import CASES, case
 from tests.engines import of, tiny
 from tests.oracle import checkpoint, prompts, rms, shared_root
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 # Plain; learned positions and Conv1D; projected embeddings and post-norm; windows that alternate, so two kinds of
 # layers; grouped heads.
-FAMILIES = ["llama-plain", "gpt2-plain", "opt-projected-post-norm", "gemma2-plain", "falcon-grouped-one-norm"]
+THOROUGH = ["llama-plain", "gpt2-plain", "opt-projected-post-norm", "gemma2-plain", "falcon-grouped-one-norm"]
+OTHERS = [
+    next(one.name for one in CASES if one.family == family)
+    for family in FAMILIES
+    if family not in {case(name).family for name in THOROUGH}
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def held_by_layers(engine):
     return engine.executor.pager.device_bytes()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_paged_tokens_scores_and_logits_are_those_of_the_resident_engine(name, root, store_of):
     asked = prompts(case(name), (5, 70))
     with tiny(root, name) as resident:
@@ -66,6 +72,17 @@ def test_paged_tokens_scores_and_logits_are_those_of_the_resident_engine(name, r
                 np.testing.assert_allclose(got.logprobs[1:], expected.logprobs[1:], atol=1e-5)
             for got, expected in zip(paged.logits(asked), logits, strict=True):
                 np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_family_too(name, store_of):
+    (asked,) = prompts(case(name), (20,))
+    with of(store_of(name)) as resident:
+        tokens, (logits,) = said(resident, [asked]), resident.logits([asked])
+    for offload in ("host", "disk"):
+        with of(store_of(name), offload=offload) as paged:
+            assert said(paged, [asked]) == tokens
+            np.testing.assert_allclose(paged.logits([asked])[0], logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("offload", ["host", "disk"])
