@@ -212,7 +212,7 @@ class LayerPlan:
     def tokens(self) -> int:
         """Keys that a warp takes at once."""
         rows = 256 // self.dim  # of one load by all lanes
-        return rows * (8 if self.per_group <= 2 else 4)
+        return rows * (4 if self.per_group <= 2 else 2)  # registers hold all of them
 
     @property
     def staging(self) -> int:
