@@ -14,6 +14,18 @@ THREADS = 32 * WARPS
 CHUNK = 64
 """Bytes of a channel that a warp takes at once: 16 for each of the four lanes that share a channel."""
 
+ROW = CHUNK * WARPS
+"""Bytes of a channel that a block takes at once."""
+
+ROW_PITCH = ROW + 64
+"""From one row to the next in shared memory: two that are read at once are in different halves of the banks."""
+
+LAG = 2
+"""Steps after which what a block has multiplied is replaced in the ring: by then all its warps have read it."""
+
+PARAMETERS = 480
+"""Arrays that a kernel is given at most: their addresses are 8 bytes each of 4 KiB."""
+
 ENTRY = 48
 """Bytes of what shared memory says of a tile: where its weights and factors lie."""
 
@@ -127,7 +139,7 @@ class LayerPlan:
         window: a query sees itself and the ``window - 1`` keys before it; None: all.
         blocks: of the grid; all are there at once, one on each SM.
         splits: parts of a sequence's keys.
-        stages: chunks in the ring of a warp.
+        stages: of the ring.
     """
 
     layers: int
@@ -148,7 +160,7 @@ class LayerPlan:
     window: int | None
     blocks: int = SMS
     splits: int = 1
-    stages: int = 2
+    stages: int = LAG + 1
 
     @property
     def bits(self) -> int:
@@ -200,8 +212,8 @@ class LayerPlan:
 
     @property
     def stage(self) -> int:
-        """Bytes of a stage of the ring: two channels a thread, 16 bytes of each and their groups' factors."""
-        return 2 * (16 + 4 * self.factors) * THREADS
+        """Bytes of a stage of the ring: rows of a tile's channels, and for each thread its groups' factors."""
+        return 2 * PAIRS * ROW_PITCH + 2 * 4 * self.factors * THREADS
 
     @property
     def x_line(self) -> int:
@@ -275,7 +287,7 @@ class LayerPlan:
     def arrays(self) -> dict[str, int]:
         """Bytes of each array in shared memory."""
         sizes = {
-            "ring": self.stages * self.stage, "staged": self.staging, "sums": self.sums, "table": self.table,
+            "ring": self.stages * self.stage, "barriers": 16 * self.stages, "staged": self.staging, "sums": self.sums, "table": self.table,
             "pointers": self.pointers, "scratch": self.scratch, "group_sums": self.group_sums,
         }  # fmt: skip
         return {name: size for name, size in sizes.items() if size}
@@ -303,6 +315,6 @@ def divided(plan: LayerPlan) -> LayerPlan:
     """The plan with splits and stages chosen: all SMs attend, and the ring is what shared memory has left."""
     units = plan.m * plan.groups
     splits = max(1, min(MAX_SPLITS, plan.blocks // units, plan.width * BLOCK_SIZE // (WARPS // 2 * plan.tokens)))
-    plan = dataclasses.replace(plan, splits=splits, stages=2)
-    room = SMEM_PER_SM - 1024 - (plan.shared - 2 * plan.stage)
-    return dataclasses.replace(plan, stages=max(2, min(24, room // plan.stage)))
+    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1)
+    room = SMEM_PER_SM - 2048 - (plan.shared - (LAG + 1) * plan.stage)
+    return dataclasses.replace(plan, stages=max(LAG + 1, min(24, room // plan.stage)))

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
-from pallas_kernels.layer_plan import CHUNK, ENTRY, NAMES, PAIRS, THREADS, WARPS, LayerPlan, Norm, Product
+from pallas_kernels.layer_plan import (
+    CHUNK,
+    ENTRY,
+    LAG,
+    NAMES,
+    PAIRS,
+    ROW,
+    ROW_PITCH,
+    THREADS,
+    WARPS,
+    LayerPlan,
+    Norm,
+    Product,
+)
 from pallas_kernels.quantized_threads import ordered, run_order, widen
 
 QKV, OUT, UP, DOWN = range(4)
@@ -72,17 +85,23 @@ class Memory:
 
 
 class Stream:
-    """What keeps the ring of a thread full: the weights of all the block's tiles, one product's after another's.
+    """What keeps the ring of a block full: the weights of all its tiles, one product's after another's.
 
-    A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile; it runs ahead of what
-    is multiplied, and does not wait where the products wait for each other.
+    A stage holds a part of a tile's 16 channels, a row each, and a warp has it copied by the copy engine: so loads of
+    what other blocks hand on do not queue behind weights, as they do behind copies by threads. Factors of groups, few
+    bytes in short pieces, are copied by the threads that use them. A stage is full when its 16 rows have come, and
+    empty when 16 warps have read it.
+
+    A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
+    for its row. It runs ahead of what is multiplied, and does not wait where the products wait for each other.
     """
 
     def __init__(self, o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
-        """Write the table; to be followed by a ``sync``."""
+        """Write the table and make the ring; to be followed by a ``sync``."""
         self.o, self.plan, self.memory = o, plan, memory
         self.ring, self.table = o.shared(smem["ring"]), o.shared(smem["table"])
-        self.row, self.column = o.lane // 4, o.lane % 4 * 16
+        self.full = o.shared(smem["barriers"])
+        self.empty = self.full + 8 * plan.stages
         self.entries = o.constant(0)
         for which, product in enumerate(plan.products):
             start, count = tiles_of(o, plan, which)
@@ -103,23 +122,30 @@ class Stream:
             o.when(o.thread < count, enter)
             self.entries = self.entries + count
 
-        def nothing() -> None:  # a block without tiles: lines of no bytes, for ever
+        def begin() -> None:
             zero = o.constant(0)
-            o.store_shared(self.table, [zero] * 4)
-            o.store_shared(self.table + 16, [zero] * 4)
-            o.store_shared(self.table + 32, [zero] * 4)
+            o.init_barriers(self.full, 2 * plan.stages, WARPS)
+            # A block without tiles finds lines of no bytes.
+            o.when(o.equal(self.entries, 0), lambda: [o.store_shared(self.table + i, [zero] * 4) for i in (0, 16, 32)])
 
-        o.when((o.thread < 1) & o.equal(self.entries, 0), nothing)
+        o.when(o.thread < 1, begin)
+
+        def clear(i: Any, carry: list[Any]) -> list[Any]:
+            # What lies behind a line is multiplied with zeros, and must not be NaN.
+            o.store_shared(self.ring + (o.thread + i * THREADS) * 16, [o.constant(0)] * 4)
+            return carry
+
+        whole, rest = divmod(plan.stages * plan.stage // 16, THREADS)
+        o.loop(whole, [], clear)
+        if rest:
+            o.when(o.thread < rest, lambda: [clear(o.constant(whole), []), None][1])
+        o.publish_to_copies()
 
     def fill(self) -> list[Any]:
-        """Start to copy as much as the ring holds; return the cursor."""
+        """Start to copy as much as the ring holds before anything is multiplied; return the cursor."""
         o, plan = self.o, self.plan
         zero = o.constant(0)
-
-        def fetch(_: Any, carry: list[Any]) -> list[Any]:
-            return [carry[0] + plan.stage, *self(carry[0], carry[1:])]
-
-        return list(o.loop(plan.stages, [zero, *self._at(zero, zero)], fetch)[1:])
+        return list(o.loop(plan.stages - LAG, self._at(zero, zero), self))
 
     def _at(self, layer: Any, entry: Any) -> list[Any]:
         """The cursor at the beginning of a tile."""
@@ -129,44 +155,59 @@ class Stream:
         which, factors, factors_apart, across = o.load_shared(at + 16, 4)
         there = layer < plan.layers  # behind the last, lines of no bytes, for ever
         held = o.select(there, layer, plan.layers - 1)
-        source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(self.row * line + self.column)
-        cursor = [layer, entry, o.constant(0), source, o.select(there, line, 0), apart, steps]
+        row = o.warp % PAIRS * line + o.select(o.warp < PAIRS, 0, apart)
+        source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(row)
+        cursor = [layer, entry, o.constant(0), steps, source, o.select(there, line, 0)]
         if plan.factors:
             number = o.load_shared(at + 32)[0]
-            beside = self.memory.of_layer(held, number) + o.wide(factors + self.row * 4)
+            beside = self.memory.of_layer(held, number) + o.wide(factors + o.lane // 4 * 4)
             cursor += [beside, factors_apart, across]
         return cursor
 
     def __call__(self, slot: Any, cursor: list[Any]) -> list[Any]:
-        """Start to copy what the cursor stands at into the slot at an offset of the ring, and move it on."""
+        """Start to copy what the cursor stands at into a stage that is empty, and move it on."""
         o, plan = self.o, self.plan
-        layer, entry, step, source, line, apart, steps, *rest = cursor
-        chunk = step * WARPS + o.warp
-        offset = chunk * CHUNK
-        valid = o.select(offset + self.column < line, 16, o.constant(0))
-        target = self.ring + slot + o.thread * 16
-        first = source + o.wide(offset)
-        for half in range(2):
-            o.copy_async(target + half * 16 * THREADS, first + o.wide(apart) if half else first, 16, valid)
+        layer, entry, step, steps, source, left, *rest = cursor
+        base = self.ring + slot * plan.stage
+        size = o.select(left < ROW, left, ROW)
+        o.copy_rows(base + o.warp * ROW_PITCH, source, size, self.full + slot * 8)
         if plan.factors:
             beside, factors_apart, across = rest
-            goal = self.ring + slot + 2 * 16 * THREADS + o.thread * 4
+            goal = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
             for group in range(plan.factors):
-                index = chunk * plan.factors + group
                 # The bytes before the group's are there wherever the group is.
-                size = o.select(index * (CHUNK // plan.factors) < line, 4, o.constant(0))
+                inside = o.warp * CHUNK + group * (CHUNK // plan.factors) < left
+                index = (step * WARPS + o.warp) * plan.factors + group
                 first = beside + o.wide(index * across)
                 for half in range(2):
                     there = first + o.wide(factors_apart) if half else first
-                    o.copy_async(goal + (2 * group + half) * 4 * THREADS, there, 4, size)
-        o.commit_copies()
+                    o.copy_async(goal + (2 * group + half) * 4 * THREADS, there, 4, o.select(inside, 4, o.constant(0)))
+            o.commit_copies()
 
         def following() -> list[Any]:
             last = self.entries < entry + 2
             return self._at(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
 
-        step = step + 1
-        return list(o.branch(step < steps, lambda: [layer, entry, step, *cursor[3:]], following, cursor))
+        def onward() -> list[Any]:
+            return [layer, entry, step + 1, steps, source + ROW, o.select(left < ROW, 0, left - ROW), *rest]
+
+        return list(o.branch(step + 1 < steps, onward, following, cursor))
+
+    def await_full(self, slot: Any, parity: Any) -> None:
+        """Wait until a stage has come."""
+        self.o.await_barrier(self.full + slot * 8, parity)
+        if self.plan.factors:
+            self.o.wait_copies(self.plan.stages - LAG - 1)
+
+    def release(self, slot: Any, parity: Any, cursor: list[Any]) -> list[Any]:
+        """Say that the warp has read a stage, and refill the one that was read ``LAG`` steps before."""
+        o, plan = self.o, self.plan
+        o.arrive(self.empty + slot * 8)
+        around = slot < LAG
+        old = o.select(around, slot + (plan.stages - LAG), slot - LAG)
+        # At first the ring's last stages are empty without having been read: the phase before the first has ended.
+        o.await_barrier(self.empty + old * 8, o.select(around, parity ^ 1, parity))
+        return self(old, cursor)
 
 
 def vectors_of_norm(o: Any, plan: LayerPlan, which: int, memory: Memory) -> list[Any]:
@@ -349,7 +390,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the slot of the ring that is multiplied next, and the cursor; so is what is returned.
+        carry: the stage of the ring that is multiplied next, its parity, and the cursor; so is what is returned.
     """
     product, (_, count) = plan.products[which], tiles_of(o, plan, which)
     row, column = o.lane // 4, o.lane % 4
@@ -375,10 +416,10 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
         return o.float_of(o.load_shared(at)[0])
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        slot, cursor, totals = carry[0], carry[1:-4], carry[-4:]
-        o.wait_copies(plan.stages - 1)
-        own = stream.ring + slot + o.thread * 16
-        words = [o.load_shared(own + half * 16 * THREADS, 4) for half in range(2)]
+        slot, parity, cursor, totals = carry[0], carry[1], carry[2:-4], carry[-4:]
+        stream.await_full(slot, parity)
+        own = stream.ring + slot * plan.stage + row * ROW_PITCH + o.warp * CHUNK + column * 16
+        words = [o.load_shared(own + half * PAIRS * ROW_PITCH, 4) for half in range(2)]
         chunk = token + (i * WARPS + o.warp) * (product.span * 2)
         runs = [o.load_shared(chunk + run * 64, 4) for run in range(plan.runs)]
         pairs = [run[j : j + 2] for run in runs for j in (0, 2)]
@@ -391,16 +432,15 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
                 own_group = (column < 2) if group == 0 else (column - 2 < 2)
                 kept = [[o.select(own_group, word, 0) for word in pair] for pair in pairs]
             found = products([zero] * 4, words, kept)
-            beside = stream.ring + slot + 2 * 16 * THREADS + o.thread * 4
+            beside = stream.ring + slot * plan.stage + 2 * PAIRS * ROW_PITCH + o.thread * 4
             factors = [o.float_of(o.load_shared(beside + (2 * group + half) * 4 * THREADS)[0]) for half in range(2)]
             for j in range(4):
                 index = (i * WARPS + o.warp) * plan.factors + group
                 found[j] = o.fma(x_sum(index, j % 2), o.constant(-offset_of(plan)), found[j])
                 totals[j] = o.fma(found[j], factors[j // 2], totals[j])
-        cursor = stream(slot, cursor)
-        following = slot + plan.stage
-        following = o.select(following < plan.stages * plan.stage, following, 0)
-        return [following, *cursor, *totals]
+        cursor = stream.release(slot, parity, cursor)
+        last = o.equal(slot, plan.stages - 1)
+        return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *cursor, *totals]
 
     base = o.shared(smem["sums"]) + o.warp * (plan.m * 2 * PAIRS * 4) + row * 4
 
@@ -616,7 +656,7 @@ def run(
     memory = Memory(o, plan, ref, smem)
     stream = Stream(o, plan, memory, smem)
     o.sync()
-    start = [o.constant(0), *stream.fill()]
+    start = [o.constant(0), o.constant(0), *stream.fill()]
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:
         memory.layer, memory.epoch = number, number + 1
@@ -648,4 +688,5 @@ def run(
         return carry
 
     o.loop(plan.layers, start, layer)
-    o.wait_copies(0)
+    if plan.factors:
+        o.wait_copies(0)

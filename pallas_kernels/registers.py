@@ -285,6 +285,44 @@ class Registers:
         """Wait until at most so many groups of this thread's copies are under way."""
         _asm(f"cp.async.wait_group {groups};")
 
+    def copy_rows(self, target: Reg, source: Reg, size: Reg, barrier: Reg) -> None:
+        """Warp: start to copy ``size`` bytes, a multiple of 16, from global to shared memory by the copy engine.
+
+        All lanes name the same. The warp arrives at the barrier, which then waits for the bytes as well. They are
+        marked as the first that the L2 cache may forget.
+        """
+        _asm(
+            "{ .reg .pred one, some; elect.sync _|one, 0xffffffff; setp.ne.and.u32 some, $2, 0, one; "
+            "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2; "
+            "@some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[$0], [$1], $2, [$3], $4; }",
+            target, source, size, barrier, Reg(_constant(0x12F0000000000000, _type("i64"))), convergent=True,
+        )  # fmt: skip
+
+    def init_barriers(self, address: Reg, number: int, arrivals: int) -> None:
+        """Make barriers of 8 bytes each in shared memory; by one thread, before all others meet."""
+        for i in range(number):
+            _asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", address + 8 * i)
+
+    def publish_to_copies(self) -> None:
+        """Let the copy engine see what this thread has written to shared memory, its barriers included."""
+        _asm("fence.proxy.async.shared::cta;")
+        _asm("fence.mbarrier_init.release.cluster;")
+
+    def arrive(self, barrier: Reg) -> None:
+        """Warp: arrive once."""
+        _asm(
+            "{ .reg .pred one; elect.sync _|one, 0xffffffff; @one mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+            barrier, convergent=True,
+        )  # fmt: skip
+
+    def await_barrier(self, barrier: Reg, parity: Reg) -> None:
+        """Wait until the barrier's phase of a parity has ended."""
+        _asm(
+            "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra AGAIN; }",
+            barrier, parity,
+        )  # fmt: skip
+
     def load_shared(self, address: Reg, count: int = 1) -> list[Reg]:
         """Load i32."""
         return self._load("shared", address, count)
