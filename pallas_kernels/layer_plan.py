@@ -14,13 +14,16 @@ THREADS = 32 * WARPS
 CHUNK = 64
 """Bytes of a channel that a warp takes at once: 16 for each of the four lanes that share a channel."""
 
-ROW = CHUNK * WARPS
+PIECES = 2
+"""Chunks of a channel that a warp takes one after the other before it asks for more."""
+
+ROW = PIECES * CHUNK * WARPS
 """Bytes of a channel that a block takes at once."""
 
 ROW_PITCH = ROW + 64
 """From one row to the next in shared memory: two that are read at once are in different halves of the banks."""
 
-LAG = 2
+LAG = 1
 """Steps after which what a block has multiplied is replaced in the ring: by then all its warps have read it."""
 
 PARAMETERS = 480
@@ -92,8 +95,8 @@ class Product:
 
     @property
     def steps(self) -> int:
-        """Chunks of each channel that a warp takes; the last may be beyond the channel and then of zeros."""
-        return -(-self.line // (CHUNK * WARPS))
+        """Parts of each channel that a block takes; of the last, some may be beyond the channel."""
+        return -(-self.line // ROW)
 
     @property
     def tiles(self) -> int:
@@ -103,7 +106,7 @@ class Product:
     @property
     def staged(self) -> int:
         """Inputs of a row of x as it is staged, zeros at its end included."""
-        return self.steps * WARPS * self.span
+        return self.steps * WARPS * PIECES * self.span
 
     def problem(self, name: str) -> str | None:
         """Why the kernel cannot run it, or None."""
@@ -213,7 +216,7 @@ class LayerPlan:
     @property
     def stage(self) -> int:
         """Bytes of a stage of the ring: rows of a tile's channels, and for each thread its groups' factors."""
-        return 2 * PAIRS * ROW_PITCH + 2 * 4 * self.factors * THREADS
+        return 2 * PAIRS * ROW_PITCH + PIECES * 2 * 4 * self.factors * THREADS
 
     @property
     def x_line(self) -> int:
@@ -223,8 +226,7 @@ class LayerPlan:
     @property
     def tokens(self) -> int:
         """Keys that a warp takes at once."""
-        rows = 256 // self.dim  # of one load by all lanes
-        return rows * (4 if self.per_group <= 2 else 2)  # registers hold all of them
+        return 4 * (256 // self.dim)  # four loads by all lanes
 
     @property
     def staging(self) -> int:
@@ -287,8 +289,9 @@ class LayerPlan:
     def arrays(self) -> dict[str, int]:
         """Bytes of each array in shared memory."""
         sizes = {
-            "ring": self.stages * self.stage, "barriers": 16 * self.stages, "staged": self.staging, "sums": self.sums, "table": self.table,
-            "pointers": self.pointers, "scratch": self.scratch, "group_sums": self.group_sums,
+            "ring": self.stages * self.stage, "barriers": 16 * self.stages, "staged": self.staging,
+            "sums": self.sums, "table": self.table, "pointers": self.pointers, "scratch": self.scratch,
+            "group_sums": self.group_sums,
         }  # fmt: skip
         return {name: size for name, size in sizes.items() if size}
 
@@ -300,7 +303,7 @@ class LayerPlan:
                 return problem
         if self.dim not in (64, 128, 256):
             return f"head_dim {self.dim}"
-        if self.per_group > 4 or self.per_group * self.dim > THREADS:
+        if self.per_group > 8:
             return f"{self.per_group} query heads a key head with head_dim {self.dim}"
         if max(self.most) * PAIRS * self.m > THREADS:
             return f"{self.m} sequences with {max(product.channels for product in self.products)} channels"

@@ -1,7 +1,8 @@
 """What one thread of the kernel of decoder layers does for its products: fetch, stage x, multiply, finish.
 
 ``o`` is :class:`pallas_kernels.registers.Registers`, or what the tests have in its place; ``memory`` has the
-addresses of arrays, ``smem`` names those in shared memory. The idea is described in :mod:`pallas_kernels.decoder_layers`.
+addresses of arrays, ``smem`` names those in shared memory. The idea is described in
+:mod:`pallas_kernels.decoder_layers`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pallas_kernels.layer_plan import (
     LAG,
     NAMES,
     PAIRS,
+    PIECES,
     ROW,
     ROW_PITCH,
     THREADS,
@@ -174,10 +176,11 @@ class Stream:
         if plan.factors:
             beside, factors_apart, across = rest
             goal = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
-            for group in range(plan.factors):
+            each = PIECES * plan.factors
+            for group in range(each):
                 # The bytes before the group's are there wherever the group is.
-                inside = o.warp * CHUNK + group * (CHUNK // plan.factors) < left
-                index = (step * WARPS + o.warp) * plan.factors + group
+                inside = o.warp * (PIECES * CHUNK) + group * (CHUNK // plan.factors) < left
+                index = (step * WARPS + o.warp) * each + group
                 first = beside + o.wide(index * across)
                 for half in range(2):
                     there = first + o.wide(factors_apart) if half else first
@@ -248,28 +251,35 @@ def stage(o: Any, plan: LayerPlan, which: int, vectors: list[Any], memory: Memor
     norm = plan.norms[which // 2] if which in (QKV, UP) else None
     staged, order = o.shared(smem["staged"]), run_order(plan.bits)
     runs = runs_of(o, product)
-    words = []
-    for token in range(plan.m):
-        for run, found in zip(runs, _received(o, which, token, memory, runs), strict=True):
-            words.append([o.select(run[1], word, 0) for word in found])
-    sizes = _sizes(o, plan, norm, product.inputs, words, smem) if norm is not None else []
     last = product.staged // 8
-    for i, (run, inside) in enumerate(runs):
-        place = place_of(o, plan, product, run)
-        beside = vectors[i * (len(vectors) // len(runs)) : (i + 1) * (len(vectors) // len(runs))]
+
+    def place(i: int, token: int, pairs: list[Any]) -> None:
+        """Stage a run."""
+        run = runs[i][0]
+        if plan.factors:
+            _sum_groups(o, plan, product, pairs, run, token, smem)
+        at = staged + token * plan.x_line + place_of(o, plan, product, run)
+        if last % THREADS and (i + 1) * THREADS > last:
+            o.when(run < last, lambda: o.store_shared(at, pairs))
+        else:
+            o.store_shared(at, pairs)
+
+    def received(token: int) -> list[list[Any]]:
+        found = _received(o, which, token, memory, runs)
+        return [[o.select(inside, word, 0) for word in words] for (_, inside), words in zip(runs, found, strict=True)]
+
+    if norm is None:
         for token in range(plan.m):
-            own = words[token * len(runs) + i]
-            if norm is not None:
-                own = _normed(o, plan, norm, own, sizes[token], beside, order, inside)
-            else:
-                own = ordered(o, own, order)
-            if plan.factors:
-                _sum_groups(o, plan, product, own, run, token, smem)
-            at = staged + token * plan.x_line + place
-            if last % THREADS and (i + 1) * THREADS > last:
-                o.when(run < last, lambda at=at, own=own: o.store_shared(at, own))
-            else:
-                o.store_shared(at, own)
+            for i, words in enumerate(received(token)):
+                place(i, token, ordered(o, words, order))
+        return
+    tokens = [received(token) for token in range(plan.m)]
+    sizes = _sizes(o, plan, norm, product.inputs, [words for token in tokens for words in token], smem)
+    each = len(vectors) // len(runs)
+    for i, (_, inside) in enumerate(runs):
+        beside = vectors[i * each : (i + 1) * each]
+        for token in range(plan.m):
+            place(i, token, _normed(o, plan, norm, tokens[token][i], sizes[token], beside, order, inside))
 
 
 def _received(o: Any, which: int, token: int, memory: Memory, runs: list[tuple[Any, Any]]) -> list[list[Any]]:
@@ -290,17 +300,15 @@ def _received(o: Any, which: int, token: int, memory: Memory, runs: list[tuple[A
         x = memory("x")
         return [word for run in at for word in o.load_memory(x + o.wide(run * 16 + token * inputs * 2), 4)]
 
-    if which == QKV:
-        found = o.branch(memory.layer < 1, given, received, [o.constant(0)] * (4 * len(at)))
-    else:
-        found = received()
+    like = [o.constant(0)] * (4 * len(at))
+    found = o.branch(memory.layer < 1, given, received, like) if which == QKV else received()
     return [found[i : i + 4] for i in range(0, len(found), 4)]
 
 
 def _sum_groups(
     o: Any, plan: LayerPlan, product: Product, pairs: list[Any], run: Any, token: int, smem: dict[str, Any]
 ) -> None:
-    """Keep the sum of x over each group of inputs: weights are multiplied with :func:`offset_of` added to each."""
+    """Keep what :func:`offset_of`, added to each weight of a group, adds to its product: with the sign that undoes it."""
     values = [value for pair in pairs for value in o.unpack(plan.kind, pair)]
     while len(values) > 1:
         values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
@@ -312,6 +320,7 @@ def _sum_groups(
         apart *= 2
     held = product.staged // product.group
     at = o.shared(smem["group_sums"]) + (run // lanes + token * held) * 4
+    total = total * -offset_of(plan)
     o.when(o.equal(run % lanes, 0) & (run < product.staged // 8), lambda: o.store_shared(at, [total]))
 
 
@@ -407,8 +416,8 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
             totals = o.mma(plan.kind, a, pairs[i], totals)
         return totals
 
-    def x_sum(index: Any, j: int) -> Any:
-        """The sum of x over a group, of the token of the thread's column ``j``."""
+    def undone(index: Any, j: int) -> Any:
+        """What undoes the offset of a group's weights, of the token of the thread's column ``j``."""
         at = o.shared(smem["group_sums"]) + index * 4
         if plan.m > 1:
             own = column * 2 + j
@@ -418,11 +427,21 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
     def step(i: Any, carry: list[Any]) -> list[Any]:
         slot, parity, cursor, totals = carry[0], carry[1], carry[2:-4], carry[-4:]
         stream.await_full(slot, parity)
-        own = stream.ring + slot * plan.stage + row * ROW_PITCH + o.warp * CHUNK + column * 16
+        for piece in range(PIECES):
+            totals = multiply_piece(i, slot, piece, totals)
+        cursor = stream.release(slot, parity, cursor)
+        last = o.equal(slot, plan.stages - 1)
+        return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *cursor, *totals]
+
+    def multiply_piece(i: Any, slot: Any, piece: int, totals: list[Any]) -> list[Any]:
+        base = stream.ring + slot * plan.stage
+        own = base + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + (piece * CHUNK + column * 16)
         words = [o.load_shared(own + half * PAIRS * ROW_PITCH, 4) for half in range(2)]
-        chunk = token + (i * WARPS + o.warp) * (product.span * 2)
+        number = (i * WARPS + o.warp) * PIECES + piece
+        chunk = token + number * (product.span * 2)
         runs = [o.load_shared(chunk + run * 64, 4) for run in range(plan.runs)]
         pairs = [run[j : j + 2] for run in runs for j in (0, 2)]
+        totals = list(totals)
         if not plan.factors:
             totals = products(totals, words, pairs)
         for group in range(plan.factors):
@@ -432,15 +451,13 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
                 own_group = (column < 2) if group == 0 else (column - 2 < 2)
                 kept = [[o.select(own_group, word, 0) for word in pair] for pair in pairs]
             found = products([zero] * 4, words, kept)
-            beside = stream.ring + slot * plan.stage + 2 * PAIRS * ROW_PITCH + o.thread * 4
-            factors = [o.float_of(o.load_shared(beside + (2 * group + half) * 4 * THREADS)[0]) for half in range(2)]
+            beside = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
+            at = 2 * (piece * plan.factors + group)
+            factors = [o.float_of(o.load_shared(beside + (at + half) * 4 * THREADS)[0]) for half in range(2)]
             for j in range(4):
-                index = (i * WARPS + o.warp) * plan.factors + group
-                found[j] = o.fma(x_sum(index, j % 2), o.constant(-offset_of(plan)), found[j])
-                totals[j] = o.fma(found[j], factors[j // 2], totals[j])
-        cursor = stream.release(slot, parity, cursor)
-        last = o.equal(slot, plan.stages - 1)
-        return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *cursor, *totals]
+                whole = found[j] + undone(number * plan.factors + group, j % 2)
+                totals[j] = o.fma(whole, factors[j // 2], totals[j])
+        return totals
 
     base = o.shared(smem["sums"]) + o.warp * (plan.m * 2 * PAIRS * 4) + row * 4
 
