@@ -289,7 +289,8 @@ class LayerPlan:
     def arrays(self) -> dict[str, int]:
         """Bytes of each array in shared memory."""
         sizes = {
-            "ring": self.stages * self.stage, "barriers": 16 * self.stages, "staged": self.staging,
+            "ring": self.stages * self.stage, "barriers": 16 * self.stages, "cursors": WARPS * ENTRY,
+            "staged": self.staging,
             "sums": self.sums, "table": self.table, "pointers": self.pointers, "scratch": self.scratch,
             "group_sums": self.group_sums,
         }  # fmt: skip

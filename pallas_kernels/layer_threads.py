@@ -95,7 +95,8 @@ class Stream:
     empty when 16 warps have read it.
 
     A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
-    for its row. It runs ahead of what is multiplied, and does not wait where the products wait for each other.
+    for its row, in shared memory, since registers are few. It runs ahead of what is multiplied, and does not wait where
+    the products wait for each other.
     """
 
     def __init__(self, o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
@@ -104,6 +105,7 @@ class Stream:
         self.ring, self.table = o.shared(smem["ring"]), o.shared(smem["table"])
         self.full = o.shared(smem["barriers"])
         self.empty = self.full + 8 * plan.stages
+        self.cursor = o.shared(smem["cursors"]) + o.warp * ENTRY
         self.entries = o.constant(0)
         for which, product in enumerate(plan.products):
             start, count = tiles_of(o, plan, which)
@@ -143,14 +145,19 @@ class Stream:
             o.when(o.thread < rest, lambda: [clear(o.constant(whole), []), None][1])
         o.publish_to_copies()
 
-    def fill(self) -> list[Any]:
-        """Start to copy as much as the ring holds before anything is multiplied; return the cursor."""
-        o, plan = self.o, self.plan
-        zero = o.constant(0)
-        return list(o.loop(plan.stages - LAG, self._at(zero, zero), self))
+    def fill(self) -> None:
+        """Start to copy as much as the ring holds before anything is multiplied."""
+        zero = self.o.constant(0)
+        self._go_to(zero, zero)
 
-    def _at(self, layer: Any, entry: Any) -> list[Any]:
-        """The cursor at the beginning of a tile."""
+        def fetch(slot: Any, carry: list[Any]) -> list[Any]:
+            self(slot)
+            return carry
+
+        self.o.loop(self.plan.stages - LAG, [], fetch)
+
+    def _go_to(self, layer: Any, entry: Any) -> None:
+        """Put the cursor at the beginning of a tile."""
         o, plan = self.o, self.plan
         at = self.table + entry * ENTRY
         offset, line, apart, steps = o.load_shared(at, 4)
@@ -159,22 +166,26 @@ class Stream:
         held = o.select(there, layer, plan.layers - 1)
         row = o.warp % PAIRS * line + o.select(o.warp < PAIRS, 0, apart)
         source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(row)
-        cursor = [layer, entry, o.constant(0), steps, source, o.select(there, line, 0)]
+        # By all lanes: it is the same.
+        o.store_shared(self.cursor, [layer, entry, o.constant(0), steps])
+        o.store_shared(self.cursor + 16, [*o.halves(source), o.select(there, line, 0), across])
         if plan.factors:
             number = o.load_shared(at + 32)[0]
-            beside = self.memory.of_layer(held, number) + o.wide(factors + o.lane // 4 * 4)
-            cursor += [beside, factors_apart, across]
-        return cursor
+            beside = self.memory.of_layer(held, number) + o.wide(factors)
+            o.store_shared(self.cursor + 32, [*o.halves(beside), factors_apart, across])
 
-    def __call__(self, slot: Any, cursor: list[Any]) -> list[Any]:
+    def __call__(self, slot: Any) -> None:
         """Start to copy what the cursor stands at into a stage that is empty, and move it on."""
         o, plan = self.o, self.plan
-        layer, entry, step, steps, source, left, *rest = cursor
+        layer, entry, step, steps = o.load_shared(self.cursor, 4)
+        low, high, left, across = o.load_shared(self.cursor + 16, 4)
+        source = o.address(low, high)
         base = self.ring + slot * plan.stage
         size = o.select(left < ROW, left, ROW)
         o.copy_rows(base + o.warp * ROW_PITCH, source, size, self.full + slot * 8)
         if plan.factors:
-            beside, factors_apart, across = rest
+            low, high, factors_apart, _ = o.load_shared(self.cursor + 32, 4)
+            beside = o.address(low, high) + o.wide(o.lane // 4 * 4)
             goal = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
             each = PIECES * plan.factors
             for group in range(each):
@@ -189,12 +200,16 @@ class Stream:
 
         def following() -> list[Any]:
             last = self.entries < entry + 2
-            return self._at(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
+            self._go_to(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
+            return []
 
         def onward() -> list[Any]:
-            return [layer, entry, step + 1, steps, source + ROW, o.select(left < ROW, 0, left - ROW), *rest]
+            o.store_shared(self.cursor, [layer, entry, step + 1, steps])
+            more = [*o.halves(source + ROW), o.select(left < ROW, 0, left - ROW), across]
+            o.store_shared(self.cursor + 16, more)
+            return []
 
-        return list(o.branch(step + 1 < steps, onward, following, cursor))
+        o.branch(step + 1 < steps, onward, following, [])
 
     def await_full(self, slot: Any, parity: Any) -> None:
         """Wait until a stage has come."""
@@ -202,7 +217,7 @@ class Stream:
         if self.plan.factors:
             self.o.wait_copies(self.plan.stages - LAG - 1)
 
-    def release(self, slot: Any, parity: Any, cursor: list[Any]) -> list[Any]:
+    def release(self, slot: Any, parity: Any) -> None:
         """Say that the warp has read a stage, and refill the one that was read ``LAG`` steps before."""
         o, plan = self.o, self.plan
         o.arrive(self.empty + slot * 8)
@@ -210,7 +225,7 @@ class Stream:
         old = o.select(around, slot + (plan.stages - LAG), slot - LAG)
         # At first the ring's last stages are empty without having been read: the phase before the first has ended.
         o.await_barrier(self.empty + old * 8, o.select(around, parity ^ 1, parity))
-        return self(old, cursor)
+        self(old)
 
 
 def vectors_of_norm(o: Any, plan: LayerPlan, which: int, memory: Memory) -> list[Any]:
@@ -308,7 +323,7 @@ def _received(o: Any, which: int, token: int, memory: Memory, runs: list[tuple[A
 def _sum_groups(
     o: Any, plan: LayerPlan, product: Product, pairs: list[Any], run: Any, token: int, smem: dict[str, Any]
 ) -> None:
-    """Keep what :func:`offset_of`, added to each weight of a group, adds to its product: with the sign that undoes it."""
+    """Keep what undoes :func:`offset_of`, added to each weight of a group, in the group's product."""
     values = [value for pair in pairs for value in o.unpack(plan.kind, pair)]
     while len(values) > 1:
         values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
@@ -399,7 +414,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the stage of the ring that is multiplied next, its parity, and the cursor; so is what is returned.
+        carry: the stage of the ring that is multiplied next, and its parity; so is what is returned.
     """
     product, (_, count) = plan.products[which], tiles_of(o, plan, which)
     row, column = o.lane // 4, o.lane % 4
@@ -425,13 +440,13 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
         return o.float_of(o.load_shared(at)[0])
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        slot, parity, cursor, totals = carry[0], carry[1], carry[2:-4], carry[-4:]
+        slot, parity, totals = carry[0], carry[1], carry[2:]
         stream.await_full(slot, parity)
         for piece in range(PIECES):
             totals = multiply_piece(i, slot, piece, totals)
-        cursor = stream.release(slot, parity, cursor)
+        stream.release(slot, parity)
         last = o.equal(slot, plan.stages - 1)
-        return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *cursor, *totals]
+        return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *totals]
 
     def multiply_piece(i: Any, slot: Any, piece: int, totals: list[Any]) -> list[Any]:
         base = stream.ring + slot * plan.stage
@@ -673,7 +688,7 @@ def run(
     memory = Memory(o, plan, ref, smem)
     stream = Stream(o, plan, memory, smem)
     o.sync()
-    start = [o.constant(0), o.constant(0), *stream.fill()]
+    stream.fill()
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:
         memory.layer, memory.epoch = number, number + 1
@@ -704,6 +719,6 @@ def run(
                 finish_row(o, plan, which, result, values, added, memory)
         return carry
 
-    o.loop(plan.layers, start, layer)
+    o.loop(plan.layers, [o.constant(0), o.constant(0)], layer)
     if plan.factors:
         o.wait_copies(0)
