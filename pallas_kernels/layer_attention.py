@@ -12,7 +12,7 @@ from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
 from pallas_kernels.layer_plan import THREADS, WARPS, LayerPlan
-from pallas_kernels.layer_threads import Memory
+from pallas_kernels.layer_stream import Memory
 
 NEVER = -1e30
 """A score that is none; finite, since it is subtracted from itself."""
@@ -35,13 +35,14 @@ def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> Non
 
         def heads(number: Any, carry: list[Any]) -> list[Any]:
             first = number * HEADS
-            _put_down(o, plan, smem, first, _of_warp(o, plan, memory, whose, split, first))
+            own = o.fresh()
+            _put_down(own, plan, smem, first, _of_warp(own, plan, memory, whose, split, first))
             return carry
 
         o.loop(-(-plan.per_group // HEADS), [], heads)
         o.sync()
         for part in range(-(-plan.per_group * plan.dim // THREADS)):
-            _together(o, plan, memory, smem, whose, split, part * THREADS)
+            _together(o.fresh(), plan, memory, smem, whose, split, part * THREADS)
         o.sync()
         return carry
 

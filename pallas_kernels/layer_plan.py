@@ -38,6 +38,8 @@ MAX_SPLITS = 16
 NAMES = ("qkv", "out", "up", "down")
 """Of the products."""
 
+QKV, OUT, UP, DOWN = range(4)
+
 PAIRS = 8
 """Pairs of channels of a tile."""
 

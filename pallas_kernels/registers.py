@@ -9,6 +9,7 @@ the tests have them in numpy.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ class Registers:
 
     def __init__(self, threads: int = WARPGROUP) -> None:
         """Of a block of so many threads, or of a warpgroup of its own."""
-        self.threads = threads
+        self.threads, self.known = threads, True
         self.thread = Reg(utils.thread_idx()) % threads
         self.lane = self.thread % 32
         self.warp = Reg(utils.warp_idx()) % (threads // 32)
@@ -127,7 +128,18 @@ class Registers:
     @property
     def block(self) -> Reg:
         """The number of the block in a grid of one axis."""
-        return _asm("mov.u32 $0, %ctaid.x;", results=["i32"], effects=False)[0]
+        return _asm("mov.u32 $0, %ctaid.x;", results=["i32"], effects=not self.known)[0]
+
+    def fresh(self) -> Registers:
+        """The same thread, for a part of a loop's body of which nothing should be computed before the loop.
+
+        What depends on the thread alone is the same every time, so that the compiler would keep it all in registers.
+        """
+        found = copy.copy(self)
+        found.known = False
+        found.thread = _asm("mov.u32 $0, %tid.x;", results=["i32"])[0] % self.threads
+        found.lane, found.warp = found.thread % 32, found.thread // 32
+        return found
 
     def constant(self, value: int | float) -> Reg:
         """A constant: i32 of an ``int``, f32 of a ``float``."""

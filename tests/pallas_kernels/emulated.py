@@ -61,6 +61,9 @@ class Emulated:
         kind = yes.dtype if isinstance(yes, np.ndarray) else no.dtype if isinstance(no, np.ndarray) else np.uint32
         return np.where(condition, yes, no).astype(kind)
 
+    def fresh(self):
+        return self
+
     def equal(self, a, b):
         return a == np.asarray(b, a.dtype)
 
