@@ -29,7 +29,7 @@ import numpy as np
 
 import pallas_kernels as ops
 from jaxinfer.bench import measure_limits
-from pallas_kernels import layer_mosaic
+from pallas_kernels import layer_mosaic, layer_plan, layer_stream
 from pallas_kernels.decoder_layers import decoder_layers, plan_of
 from tests.pallas_kernels.layer_cases import LARGE, LLAMA, SMALL, operands, static
 
@@ -38,7 +38,7 @@ ROUNDS = 8
 """Times that a call goes through the layers: the host takes longer to hand out one than a GPU to run it."""
 
 
-ABLATIONS = ("no waiting", "no waiting, no attention", "half the ring")
+ABLATIONS = ("no waiting", "no waiting, no attention", "half the ring", "no pause", "long pause", "lag 2")
 
 
 class Bench:
@@ -219,8 +219,10 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
     arguments, rotary = operands(case, seed=None, layers=1)
     plan = plan_of(*arguments[:4], rotary=rotary, **static(case))
     bench.note(f"{kind} plan", {"stages": plan.stages, "splits": plan.splits, "shared": plan.shared})
+    from pallas_kernels import registers
     from pallas_kernels.registers import Registers
 
+    pause, lag = registers.PAUSE, layer_plan.LAG
     receive, attend, by_stages = Registers.receive, layer_mosaic.attend, plan.stages
 
     def glance(self: Any, addresses: Any, number: Any, pairs: bool = False) -> Any:
@@ -232,6 +234,10 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
             Registers.receive = glance  # type: ignore[method-assign]
         if name.endswith("no attention"):
             layer_mosaic.attend = lambda *_: None
+        if name.endswith("pause"):
+            registers.PAUSE = 0 if name == "no pause" else 200
+        if name == "lag 2":
+            layer_plan.LAG = layer_stream.LAG = 2
         if name == "half the ring":
             import pallas_kernels.decoder_layers as module
 
@@ -245,6 +251,7 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
         except Exception as error:
             bench.note(f"{kind} {name}", f"{type(error).__name__}: {error}"[:300])
         Registers.receive, layer_mosaic.attend = receive, attend  # type: ignore[method-assign]
+        registers.PAUSE, layer_plan.LAG, layer_stream.LAG = pause, lag, lag
         if name == "half the ring":
             module.divided = kept
     jax.clear_caches()

@@ -203,17 +203,27 @@ class LayerPlan:
         return self.products[2].halves == 2
 
     @property
-    def most(self) -> tuple[int, ...]:
-        """Tiles of a block, of each product: the most that any has."""
-        return tuple(-(-product.tiles // self.blocks) for product in self.products)
+    def grain(self) -> int:
+        """Pairs of channels that are dealt out together: few, since all blocks wait for who has the most bytes.
+
+        Entries of 4 bits cost more work than bytes, so there a tile is not shared.
+        """
+        return PAIRS if self.bits == 4 else PAIRS // 2
+
+    def share(self, which: int, block: int) -> tuple[int, int]:
+        """The first of a product's pairs that are a block's, and the first after them."""
+        units = self.products[which].channels // 2 // self.grain
+        first, last = (units * (block + i) // self.blocks * self.grain for i in range(2))
+        return first, last
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """Where each product's tiles begin to be dealt out: behind those of the one before, so that loads even out."""
-        ends = [0]
-        for product in self.products[:-1]:
-            ends.append((ends[-1] + product.tiles) % self.blocks)
-        return tuple(ends)
+    def most(self) -> tuple[int, ...]:
+        """Tiles of a block, of each product: the most that any has, those that it shares included."""
+        found = []
+        for which in range(4):
+            shares = [self.share(which, block) for block in range(self.blocks)]
+            found.append(max(-(-last // PAIRS) - first // PAIRS for first, last in shares))
+        return tuple(found)
 
     @property
     def stage(self) -> int:

@@ -27,7 +27,7 @@ from pallas_kernels.layer_plan import (
     LayerPlan,
 )
 from pallas_kernels.layer_staging import stage, vectors_of_norm
-from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
+from pallas_kernels.layer_stream import Memory, Stream, Tiles, channel_of
 from pallas_kernels.quantized_threads import widen
 
 TARGETS = {OUT: "middle", UP: "between", DOWN: "stream"}
@@ -40,7 +40,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
         o, plan, which, stream, smem: as elsewhere here.
         carry: the stage of the ring that is multiplied next, and its parity; so is what is returned.
     """
-    product, (_, count) = plan.products[which], tiles_of(o, plan, which)
+    product = plan.products[which]
     row, column = o.lane // 4, o.lane % 4
     token = o.shared(smem["staged"]) + column * 16
     if plan.m > 1:
@@ -48,12 +48,17 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
     zero = o.constant(0.0)
 
     def products(totals: Sequence[Any], words: list[list[Any]], pairs: list[list[Any]]) -> list[Any]:
-        totals = list(totals)
         low, high = ([part for word in half for part in widen_any(o, plan, word)] for half in words)
+        # Several chains, since each product waits for the one before it.
+        chains = [list(totals), *([zero] * 4 for _ in range(min(4, len(low) // 2) - 1))]
         for i in range(len(low) // 2):
             a = [low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]]
-            totals = o.mma(plan.kind, a, pairs[i], totals)
-        return totals
+            chains[i % len(chains)] = o.mma(plan.kind, a, pairs[i], chains[i % len(chains)])
+        while len(chains) > 1:
+            chains = [
+                [a + b for a, b in zip(*both, strict=True)] for both in zip(chains[::2], chains[1::2], strict=True)
+            ]
+        return chains[0]
 
     def undone(index: Any, j: int) -> Any:
         """What undoes the offset of a group's weights, of the token of the thread's column ``j``."""
@@ -66,16 +71,19 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
     def step(i: Any, carry: list[Any]) -> list[Any]:
         slot, parity, totals = carry[0], carry[1], carry[2:]
         stream.await_full(slot, parity)
+        base = stream.ring + slot * plan.stage
+        own = base + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + column * 16
+        words = [
+            [o.load_shared(own + half * PAIRS * ROW_PITCH + piece * CHUNK, 4) for half in range(2)]
+            for piece in range(PIECES)
+        ]
         for piece in range(PIECES):
-            totals = multiply_piece(i, slot, piece, totals)
+            totals = multiply_piece(i, base, piece, words[piece], totals)
         stream.release(slot, parity)
         last = o.equal(slot, plan.stages - 1)
         return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *totals]
 
-    def multiply_piece(i: Any, slot: Any, piece: int, totals: list[Any]) -> list[Any]:
-        base = stream.ring + slot * plan.stage
-        own = base + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + (piece * CHUNK + column * 16)
-        words = [o.load_shared(own + half * PAIRS * ROW_PITCH, 4) for half in range(2)]
+    def multiply_piece(i: Any, base: Any, piece: int, words: list[list[Any]], totals: list[Any]) -> list[Any]:
         number = (i * WARPS + o.warp) * PIECES + piece
         chunk = token + number * (product.span * 2)
         runs = [o.load_shared(chunk + run * 64, 4) for run in range(plan.runs)]
@@ -113,7 +121,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
             o.when(own < plan.m, keep)
         return list(found[:-4])
 
-    return list(o.loop(count, carry, tile))
+    return list(o.loop(Tiles.of(o, plan, which).count, carry, tile))
 
 
 def widen_any(o: Any, plan: LayerPlan, word: Any) -> list[Any]:
@@ -138,13 +146,12 @@ class Result:
     @staticmethod
     def of(o: Any, plan: LayerPlan, which: int) -> Result:
         """The thread's."""
-        product, (start, count) = plan.products[which], tiles_of(o, plan, which)
-        active = o.thread < count * (PAIRS * plan.m)
-        slot = o.select(active, o.thread // (PAIRS * plan.m), 0)
-        token, pair = o.thread // PAIRS % plan.m, o.thread % PAIRS
-        tile = start + slot * plan.blocks
-        if plan.products[which].tiles < plan.blocks:
-            tile = o.select(tile < product.tiles, tile, 0)
+        product, tiles = plan.products[which], Tiles.of(o, plan, which)
+        slot, token, pair = o.thread // (PAIRS * plan.m), o.thread // PAIRS % plan.m, o.thread % PAIRS
+        tile = tiles.first + slot
+        number = tile * PAIRS + pair
+        active = (o.thread < tiles.count * (PAIRS * plan.m)) & (tiles.begin < number + 1) & (number < tiles.end)
+        slot, tile = o.select(active, slot, 0), o.select(active, tile, 0)
         low = channel_of(product, tile) + pair
         return Result(active, slot, token, pair, low, low + product.apart)
 
@@ -327,18 +334,15 @@ def run(
             def staged(o: Any = o, which: int = which, beside: list[Any] = beside) -> None:
                 stage(o, plan, which, beside, memory, smem)
 
-            _, count = tiles_of(o, plan, which)
-            if plan.products[which].tiles < plan.blocks:
+            if plan.products[which].channels // 2 // plan.grain < plan.blocks:
                 # A block that has nothing to do with x does not read it: nobody would wait until it has.
-                o.when(o.constant(0) < count, staged)
+                o.when(o.constant(0) < Tiles.of(o, plan, which).count, staged)
             else:
                 staged()
             added = load_row(o, plan, which, result, memory) if which in (OUT, DOWN) else None
             o.sync()
             carry = multiply(o, plan, which, stream, smem, carry)
             o.sync()
-            o = thread.fresh()
-            result = Result.of(o, plan, which)
             values = affine(result.sums(o, plan, smem), factors, biases)
             if which == QKV:
                 finish_qkv(o, plan, result, values, angles, memory)

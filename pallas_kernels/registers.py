@@ -23,6 +23,9 @@ from jax.experimental.mosaic.gpu import utils
 WARPGROUP = 128
 """Threads of a block."""
 
+PAUSE = 32
+"""Nanoseconds between two looks for a packet."""
+
 
 def publish_to_cluster() -> None:
     """Make what this warpgroup wrote to its shared memory visible to the other blocks of the cluster.
@@ -409,7 +412,11 @@ class Registers:
         lines.append(f"setp.ne.u32 wrong, flag0, ${words};")
         lines += [f"setp.ne.or.u32 wrong, flag{i}, ${words}, wrong;" for i in range(1, words)]
         flags = ", ".join(f"flag{i}" for i in range(words))
-        text = f"{{ .reg .pred wrong; .reg .b32 {flags}; AGAIN: {' '.join(lines)} @wrong bra AGAIN; }}"
+        # Who has to wait does so for a while before asking again, for the sake of those who load weights.
+        text = (
+            f"{{ .reg .pred wrong; .reg .b32 {flags}; bra ASK; AGAIN: nanosleep.u32 {PAUSE}; "
+            f"ASK: {' '.join(lines)} @wrong bra AGAIN; }}"
+        )
         found: list[Reg] = _asm(text, number, *addresses, results=["i32"] * words)
         return found
 
