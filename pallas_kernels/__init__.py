@@ -16,6 +16,8 @@ from pallas_kernels.choices import compiling_for as compiling_for
 from pallas_kernels.choices import device as device
 from pallas_kernels.choices import qkv_choice as qkv_choice
 from pallas_kernels.choices import rotary_cache_choice as rotary_cache_choice
+from pallas_kernels.decoder_layers import LayerOperands as LayerOperands
+from pallas_kernels.decoder_layers import decoder_layers as decoder_layers
 from pallas_kernels.einsum import einsum_f32 as einsum_f32
 from pallas_kernels.gated_gemm import gated_gemm as gated_gemm
 from pallas_kernels.linear import linear as linear

@@ -147,8 +147,8 @@ def reference(
         y = decode_attention(query[:, 0], *cache, tables, jnp.maximum(positions + 1, 0), scale=scale, window=window)
 
         def product(h: jax.Array, which: int, layer: LayerOperands = layer, **rest: Any) -> jax.Array:
-            given = {"bias": layer.biases[which], "weight_scale": layer.scales[which]}
-            return skinny_gemm(h, layer.weights[which], **given, **rest)
+            bias, scale = layer.biases[which], layer.scales[which]
+            return skinny_gemm(h, layer.weights[which], bias=bias, weight_scale=scale, **rest)
 
         x = product(y.reshape(x.shape[0], -1), 1, residual=x)
         h = product(x, 2, norm=layer.norms[1], activation=layer.activation)

@@ -243,13 +243,14 @@ def _together(
         o.when(active & o.equal(thread % 2, 0), lambda: o.send(at, word, epoch))
 
     def collect() -> None:
-        parts = [(top, total, value)]
-        for i in range(1, plan.splits, 4):  # registers for as many at once
+        found, some = (top, total, value), 4 if plan.per_group <= HEADS else 2  # registers for as many at once
+        for i in range(1, plan.splits, some):
             places = (size + 2 * head, size + 2 * head + 1, thread)
-            wanted = [partial(o.constant(j), at) for j in range(i, min(i + 4, plan.splits)) for at in places]
+            wanted = [partial(o.constant(j), at) for j in range(i, min(i + some, plan.splits)) for at in places]
             words = [o.float_of(word) for word in o.receive(wanted, epoch)]
-            parts += [(words[j], words[j + 1], words[j + 2]) for j in range(0, len(words), 3)]
-        finish(parts)
+            parts = [(words[j], words[j + 1], words[j + 2]) for j in range(0, len(words), 3)]
+            found = _put_together(o, [found, *parts])
+        finish([found])
 
     if plan.splits == 1:
         finish([(top, total, value)])

@@ -343,6 +343,9 @@ def run(
             o.sync()
             carry = multiply(o, plan, which, stream, smem, carry)
             o.sync()
+            if plan.per_group > 2:  # who attends with many heads has no registers for what is known before
+                o = thread.fresh()
+                result = Result.of(o, plan, which)
             values = affine(result.sums(o, plan, smem), factors, biases)
             if which == QKV:
                 finish_qkv(o, plan, result, values, angles, memory)

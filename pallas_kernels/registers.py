@@ -175,7 +175,8 @@ class Registers:
 
     def when(self, condition: Reg, body: Callable[[], None]) -> None:
         """Do something where a condition holds."""
-        branch = scf.IfOp(condition.value)
+        made: Any = scf.IfOp  # whose declared arguments are those of the class that it extends
+        branch = made(condition.value)
         with ir.InsertionPoint(branch.then_block):
             body()
             scf.yield_([])
@@ -185,7 +186,8 @@ class Registers:
     ) -> list[Reg]:
         """What ``yes()`` or ``no()`` returns, values of the types of ``like``; only one of them is done."""
         kinds = [value.value.type for value in like]
-        op = scf.IfOp(condition.value, kinds, has_else=True)
+        made: Any = scf.IfOp
+        op = made(condition.value, kinds, has_else=True)
         for block, body in ((op.then_block, yes), (op.else_block, no)):
             with ir.InsertionPoint(block):
                 scf.yield_([value.value for value in body()])

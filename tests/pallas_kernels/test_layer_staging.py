@@ -1,0 +1,80 @@
+"""What x becomes in shared memory: of an emulated block."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decoder_layers import plan_of
+from pallas_kernels.layer_plan import OUT, QKV, THREADS, UP
+from pallas_kernels.layer_staging import offset_of, place_of, stage, vectors_of_norm
+from pallas_kernels.layer_stream import Memory
+from pallas_kernels.quantized_threads import run_order
+from pallas_kernels.skinny_gemm import normalise
+from tests.pallas_kernels.emulated import KINDS, Emulated
+from tests.pallas_kernels.layer_cases import SMALL, operands, static
+
+
+def staged(case, which):
+    """The rows that are staged for a product, in their own order; what they should be; sums that undo offsets."""
+    arguments, rotary = operands(case, layers=1)
+    plan = dataclasses.replace(plan_of(*arguments[:4], rotary=rotary, **static(case)), blocks=1, stages=2)
+    product, layer = plan.products[which], arguments[1][0]
+    rng = np.random.default_rng(1)
+    dtype = KINDS[plan.kind]
+    x = (rng.standard_normal((plan.m, product.inputs)) + 0.3).astype(dtype)
+    o = Emulated(1, plan.shared + 16384, THREADS)
+    exchange = np.zeros(plan.exchange, np.int32)
+    if which == QKV:
+        given = x
+    else:
+        given = np.zeros_like(x)
+        start, count = plan.packets[{OUT: "attended", UP: "middle"}[which]]
+        packets = exchange.view(np.uint32).reshape(-1, 2)[start : start + plan.m * count]
+        packets[:, 0] = x.reshape(-1).view(np.uint32)
+        packets[:, 1] = 1
+    ref = {"x": o.place(given), "exchange": o.place(exchange)}
+    for name, norm in zip(("qkv", "up"), layer.norms, strict=True):
+        vectors = {"scale": norm.scale, "shift": norm.bias}
+        ref |= {f"{name}_{part}": [o.place(np.asarray(v))] for part, v in vectors.items() if v is not None}
+    ref |= {name: [0] for name in plan.parameters if name not in ref}
+    smem = {name: o.reserve(size) for name, size in plan.arrays.items()}
+    memory = Memory(o, plan, ref, smem)
+    memory.epoch = o.constant(1)
+    vectors = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []
+    stage(o, plan, which, vectors, memory, smem)
+    lines = o.smem[0, smem["staged"] :][: plan.m * plan.x_line].reshape(plan.m, plan.x_line)
+    order, found = run_order(plan.bits), np.full((plan.m, product.staged), np.nan, np.float32)
+    for run in range(product.staged // 8):
+        place = int(place_of(o, plan, product, o.constant(run))[0, 0])
+        data = np.ascontiguousarray(lines[:, place : place + 16]).view(dtype).astype(np.float32)
+        found[:, [8 * run + i for i in order]] = data
+    norm = {QKV: layer.norms[0], UP: layer.norms[1], OUT: None}[which]
+    wanted = jnp.asarray(x) if norm is None else normalise(jnp.asarray(x), norm)
+    sums = None
+    if plan.factors:
+        count = product.staged // product.group
+        at = smem["group_sums"]
+        sums = o.smem[0, at : at + 4 * plan.m * count].view(np.float32).reshape(plan.m, count)
+    return plan, product, found, np.asarray(wanted, np.float32), sums
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("which", [QKV, OUT, UP])
+def test_rows_are_normalised_and_filled_up_with_zeros(name, which):
+    plan, product, found, wanted, sums = staged(SMALL[name], which)
+    np.testing.assert_array_equal(found[:, product.inputs :], 0)
+    # One unit in the last place: the mean square is summed in another order.
+    step = 2.0 ** (-7 if plan.kind == "bf16" else -10)
+    np.testing.assert_allclose(found[:, : product.inputs], wanted, rtol=step, atol=1e-6)
+    if sums is not None:
+        each = -offset_of(plan) * found.reshape(plan.m, -1, product.group).sum(-1)
+        np.testing.assert_allclose(sums, each, rtol=1e-5, atol=1e-3)
+
+
+def test_the_offset_is_what_the_exponent_and_the_toggled_sign_make():
+    assert offset_of(dataclasses.replace(staged(SMALL["int4, groups of 128"], OUT)[0], kind="bf16")) == 128 + 8
+    assert offset_of(dataclasses.replace(staged(SMALL["int4, groups of 128"], OUT)[0], kind="f16")) == 1024 + 8
