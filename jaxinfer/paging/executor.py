@@ -89,9 +89,9 @@ class PagedExecutor(Executor):
             self.trace.append(("prefill", functools.partial(self.prefill, inputs, features, wish)))
         assert inputs.pieces is None, "prompts of a paged plan are not packed: see packing_of"
         rows, tokens = inputs.tokens.shape
-        groups, columns = self._split(rows // self.plan.shards, tokens, inputs.tables.shape[1])
+        gathered = self._gathers(rows // self.plan.shards * tokens, tokens)
+        groups, columns = self._split(rows // self.plan.shards, tokens, inputs.tables.shape[1], gathered)
         parts = [self._part(inputs, group, groups) for group in range(groups)]
-        gathered = self._gathers(rows // self.plan.shards * tokens, tokens // columns)
         if self.kv is not None:
             visits = [Chunks.of(part.tables, part.positions, self.plan.longest_blocks) for part in parts]
             self.kv.begin(visits)
@@ -317,13 +317,11 @@ class PagedExecutor(Executor):
 
     def _gather_step(self, layer: int, segments: list[jax.Array]) -> Any:
         packing = self.pager.packings[layer]
-        specs = [segment.spec for segment in packing.segments]
-        return self._once(
-            ("gather", packing), "gathering of a layer", packing.gather, (segments,), (specs,), PartitionSpec(), ()
-        )
+        about = packing.gather, (segments,), ([segment.spec for segment in packing.segments],), PartitionSpec(), ()
+        return self._once(("gather", packing), "gathering of a layer", *about)
 
     def _gathers(self, tokens: int, width: int) -> bool:
-        """Whether a pass of so many tokens a shard, in pieces of some width, gathers weights."""
+        """Whether a pass of so many tokens a shard, in rows of some width, gathers weights."""
         least = self.tiers.gathering.tokens
         return least is not None and tokens >= least and width % self.plan.mesh["tensor"] == 0
 
@@ -451,12 +449,13 @@ class PagedExecutor(Executor):
         """The compiled step for a key, compiled now if this is its first use."""
         return self._compiled[key] if key in self._compiled else self._compile(key, *about)
 
-    def _split(self, rows: int, tokens: int, blocks: int) -> tuple[int, int]:
+    def _split(self, rows: int, tokens: int, blocks: int, gathered: bool = False) -> tuple[int, int]:
         """Micro-batches of a prefill step: groups of rows of each shard, and pieces along the tokens of each row."""
-        most = max(1, min(self.tiers.micro_tokens // tokens, self.plan.micro_blocks // blocks))
+        ways = self.plan.mesh["tensor"] if gathered else 1  # the devices divide a piece's tokens
+        piece = self.tiers.micro_tokens * ways
+        most = max(1, min(piece // tokens, self.plan.micro_blocks // blocks))
         groups = next(count for count in range(1, rows + 1) if rows % count == 0 and rows // count <= most)
-        columns = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= self.tiers.micro_tokens)
-        return groups, columns
+        return groups, next(n for n in range(1, tokens + 1) if not tokens % (n * ways) and tokens // n <= piece)
 
     def _part(self, inputs: PrefillInputs, group: int, groups: int) -> PrefillInputs:
         """A group of rows: the same rows of every data shard."""
