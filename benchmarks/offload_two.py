@@ -145,7 +145,7 @@ def _both_ways(bench: Any, engine: Any, weights: str, counts: tuple[int, ...]) -
             name = f"prefill_{weights}_{tokens}_{way}"
             if (pieces > 1 and (count < bench.batch or weights == "int4")) or bench.late(name, 12):
                 continue
-            gathering = dataclasses.replace(chosen.gathering, tokens=forced)
+            gathering = dataclasses.replace(chosen.gathering, tokens=forced, widened=False)
             executor.tiers = dataclasses.replace(chosen, gathering=gathering, micro_tokens=pieces * chosen.micro_tokens)
             gathered.clear()
             first = bench.run(engine, asked[:count], 1)

@@ -175,7 +175,8 @@ def test_micro_batches_share_what_was_gathered(offload, more, root, tmp_path, mo
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "fp8"])
-def test_quantized_weights_are_gathered_as_they_travel(method):
+def test_quantized_weights_are_gathered_as_they_travel(method, monkeypatch):
+    monkeypatch.setattr(tiers, "MICRO_TOKENS", 64)  # pieces enough to widen for
     asked = [list(range(3, 60)), list(range(9, 120)), [5, 17, 4] * 40]
     options = {"dtype": "float32", "max_model_len": 256, "quantize": method}
     with of("demo", mesh={"tensor": 2}, **options) as resident:
@@ -183,10 +184,41 @@ def test_quantized_weights_are_gathered_as_they_travel(method):
     with of("demo", mesh={"tensor": 2}, offload="host", **options, **(LONG | {"prefill_tokens": 2048})) as paged:
         paged.executor.tiers = with_gathering(paged.executor.tiers, 64)
         assert said(paged, asked) == expected
+        assert paged.plan.tiers.gathering.widened
         gathered, _, _ = layers_of(paged)
         assert gathered
         for got, one in zip(paged.logits(asked), logits, strict=True):
             np.testing.assert_allclose(got, one, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "fp8"])
+def test_quantized_weights_are_gathered_only_where_they_are_widened_no_oftener(spec, method):
+    """Of OPT-13B's layers: whole pieces of 4096 tokens for each device, however few bytes weights are."""
+    big = dataclasses.replace(spec, hidden=5120, heads=40, kv_heads=40, head_dim=128, intermediate=13696)
+
+    def planned(tensor, quantize):
+        return make_plan(
+            big, {"tensor": tensor}, "bfloat16", DEVICE, max_batch=64, offload="host", quantize=quantize,
+            prefill_tokens=32768, kv_blocks=1024,
+        )  # fmt: skip
+
+    for tensor in (2, 4):
+        found, plain = planned(tensor, method), planned(tensor, None)
+        chosen, pieces = found.tiers.gathering, 4096 * tensor
+        sharded, gathered = exchanged_bytes(found, max(found.tiers.layer_bytes), pieces)
+        assert chosen.tokens == pieces if gathered < sharded else chosen.tokens > pieces
+        assert f"; widened for {pieces:,} tokens at a time, or a part for 4,096" in chosen.why
+        assert f"gathered from {chosen.tokens:,} tokens" in rows(found)[0][1]
+        assert "widened" not in plain.tiers.gathering.why
+
+        def ways(count, tokens, blocks, found=found, plain=plain):
+            return [gathering.gathers(plan, plan.tiers, count, tokens, blocks) for plan in (found, plain)]
+
+        assert ways(64, 512, 8) == [True, True]
+        assert ways(8, 4096, 64) == [True, True]
+        assert ways(56, 512, 8) == [False, False]  # 7 pieces of a part, and more than half or a quarter of that
+        assert ways(64, 512, 256) == [False, True]  # memory for long contexts: as many pieces either way
+        assert ways(8, 512, 8) == [False, False]
 
 
 def with_gathering(own, tokens):
