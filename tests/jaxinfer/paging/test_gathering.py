@@ -254,7 +254,7 @@ def test_devices_hold_no_more_than_the_plan_says(root):
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_gathering_takes_no_more_memory_than_is_counted(method, tensor):
     """Of parameters that travel alone and of small ones."""
-    options = {"dtype": "float32", "max_model_len": 256, "quantize": method, "prefill_tokens": 8192}
+    options = {"dtype": "float32", "max_model_len": 256, "quantize": method, "prefill_tokens": 4096 * tensor}
     with of("demo", mesh={"tensor": tensor}, offload="host", **options) as paged:
         executor = paged.executor
         segments = executor.pager.take(0)
