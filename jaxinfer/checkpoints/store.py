@@ -227,11 +227,9 @@ class Store:
                 opening = self._opening[tensor.path] = _open(self._folder(tensor.group), tensor.path, self._context)
         try:
             found = self._result(opening, None)
-        except TimeoutError:
-            raise
-        except Exception:
-            self._opening.pop(tensor.path, None)  # to be tried again
-            raise
+        finally:
+            if opening.done():  # otherwise it is waited for again
+                self._opening.pop(tensor.path, None)
         layout = (tuple(found.shape), found.dtype.numpy_dtype, tuple(found.chunk_layout.read_chunk.shape))
         if layout != (tensor.shape, tensor.dtype, tensor.chunk):
             expected = f"{tensor.dtype} {list(tensor.shape)} in chunks of {list(tensor.chunk)}"
