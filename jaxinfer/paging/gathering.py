@@ -94,7 +94,8 @@ def choose(plan: Plan, tiers: Tiers) -> Gathering:
     before, after = exchanged_bytes(plan, mean, most)
     why = f"a layer of {most:,} tokens sends {size(round(after))}, all-reduces would {size(round(before))}"
     if widened:
-        why += f"; widened for {tensor * tiers.micro_tokens:,} tokens at a time, or a part for {tiers.micro_tokens:,}"
+        pieces = f"{tensor * tiers.micro_tokens:,} tokens at a time, a part of one for {tiers.micro_tokens:,}"
+        why += f"; a whole layer is widened for {pieces}"
     return Gathering(tokens=tokens, nbytes=nbytes, widened=widened, why=why)
 
 

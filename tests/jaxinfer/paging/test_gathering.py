@@ -207,7 +207,7 @@ def test_quantized_weights_are_gathered_only_where_they_are_widened_no_oftener(s
         chosen, pieces = found.tiers.gathering, 4096 * tensor
         sharded, gathered = exchanged_bytes(found, max(found.tiers.layer_bytes), pieces)
         assert chosen.tokens == pieces if gathered < sharded else chosen.tokens > pieces
-        assert f"; widened for {pieces:,} tokens at a time, or a part for 4,096" in chosen.why
+        assert f"; a whole layer is widened for {pieces:,} tokens at a time, a part of one for 4,096" in chosen.why
         assert f"gathered from {chosen.tokens:,} tokens" in rows(found)[0][1]
         assert "widened" not in plain.tiers.gathering.why
 
