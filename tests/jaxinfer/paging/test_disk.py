@@ -184,6 +184,48 @@ def test_a_read_that_never_ends_is_an_error_and_its_buffers_are_left_alone_until
         layers.close()
 
 
+def test_what_a_read_that_was_given_up_may_still_write_to_is_used_for_nothing_else(good, monkeypatch):
+    begin, outs, hangs = tensorstore.array, [], [True]
+
+    class Never:
+        def result(self, timeout):
+            time.sleep(timeout)
+            if hangs[0]:
+                raise TimeoutError
+
+    def array(out):
+        outs.append(out)
+        return SimpleNamespace(write=lambda source: Never() if hangs[0] else begin(out).write(source))
+
+    monkeypatch.setattr(disk, "threads", lambda: 1)
+    with of(good, offload="disk") as engine:
+        pager = engine.executor.pager
+        packing = pager.packings[0]
+        layers = DiskLayers(Store(good, seconds=0.1), pager.disk.moves, pager.timeline)
+    monkeypatch.setattr(tensorstore, "array", array)
+    buffers = [np.zeros(packing.nbytes, np.uint8)]
+    with pytest.raises(ReadTimeoutError):
+        layers.read(0, packing, buffers)
+    (lost,) = outs  # one has waited, the other chunks were not begun
+    hangs[0] = False
+    layers.read(0, packing, buffers)
+    assert not any(np.shares_memory(lost, out) for out in outs[1:])
+
+    hangs[0] = True
+    outs.clear()
+    for _ in range(2):
+        with pytest.raises(ReadTimeoutError):
+            layers.read(0, packing, buffers)
+        assert len(outs) == len(packing.leaves)  # nothing new is begun for these buffers
+    with pytest.raises(ReadTimeoutError):
+        layers.read(0, packing, [np.zeros(packing.nbytes, np.uint8)])
+    assert len(outs) == 2 * len(packing.leaves)
+    hangs[0] = False
+    layers.read(0, packing, buffers)
+    assert len(outs) == 3 * len(packing.leaves)
+    layers.close()
+
+
 def test_an_engine_goes_on_when_a_disk_that_hung_is_back(good, tmp_path, monkeypatch, expected):
     monkeypatch.setattr(disk, "READ_SECONDS", 0.4)
     place = copied(good, tmp_path / "store")
