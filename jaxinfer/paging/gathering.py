@@ -112,7 +112,7 @@ def micro_batches(plan: Plan, tiers: Tiers, rows: int, tokens: int, blocks: int,
     Returns:
         Groups of rows, and pieces along the tokens of each row.
     """
-    ways = plan.mesh["tensor"] if gathered else 1
+    ways = plan.mesh.get("tensor", 1) if gathered else 1
     most = tiers.micro_tokens * ways
     fit = max(1, min(most // tokens, plan.micro_blocks // blocks))
     groups = next(count for count in range(1, rows + 1) if rows % count == 0 and rows // count <= fit)
@@ -121,7 +121,7 @@ def micro_batches(plan: Plan, tiers: Tiers, rows: int, tokens: int, blocks: int,
 
 def gathers(plan: Plan, tiers: Tiers, rows: int, tokens: int, blocks: int) -> bool:
     """Whether a prefill pass gathers weights; arguments as of :func:`micro_batches`."""
-    found, ways = tiers.gathering, plan.mesh["tensor"]
+    found, ways = tiers.gathering, plan.mesh.get("tensor", 1)
     if found.tokens is None or rows * tokens < found.tokens or tokens % ways:
         return False
     whole, parts = (math.prod(micro_batches(plan, tiers, rows, tokens, blocks, way)) for way in (True, False))
