@@ -139,14 +139,15 @@ def _both_ways(bench: Any, engine: Any, weights: str, counts: tuple[int, ...]) -
         tokens = count * bench.prompt
         found: dict[str, Any] = {"tokens": tokens, "from": least, "why": chosen.gathering.why}
         found["chosen"] = "gathered" if least is not None and tokens >= least else "sharded"
-        # Twice the piece of the pass: with gathered weights a device computes half of it.
-        ways = {"gathered": (1, 1), "sharded": (None, 1), "gathered_twice_the_piece": (1, 2)}
-        for way, (forced, pieces) in ways.items():
+        # With gathered weights a device computes as many tokens of a piece as with sharded ones; or half as many, as
+        # until 2026-11-29, whose ``gathered_twice_the_piece`` is now ``gathered``.
+        ways = {"gathered": (1, 1), "sharded": (None, 1), "gathered_half_the_piece": (1, 2)}
+        for way, (forced, parts) in ways.items():
             name = f"prefill_{weights}_{tokens}_{way}"
-            if (pieces > 1 and (count < bench.batch or weights == "int4")) or bench.late(name, 12):
+            if (parts > 1 and (count < bench.batch or weights == "int4")) or bench.late(name, 12):
                 continue
-            gathering = dataclasses.replace(chosen.gathering, tokens=forced)
-            executor.tiers = dataclasses.replace(chosen, gathering=gathering, micro_tokens=pieces * chosen.micro_tokens)
+            gathering = dataclasses.replace(chosen.gathering, tokens=forced, widened=False)
+            executor.tiers = dataclasses.replace(chosen, gathering=gathering, micro_tokens=chosen.micro_tokens // parts)
             gathered.clear()
             first = bench.run(engine, asked[:count], 1)
             if bool(gathered) != (forced is not None):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxinfer.errors import CheckpointError as CheckpointError
     from jaxinfer.errors import ConfigError as ConfigError
     from jaxinfer.errors import JaxinferError as JaxinferError
+    from jaxinfer.errors import ReadTimeoutError as ReadTimeoutError
     from jaxinfer.errors import RequestError as RequestError
     from jaxinfer.errors import UnsafePathError as UnsafePathError
     from jaxinfer.errors import UnsupportedFormatError as UnsupportedFormatError
@@ -40,8 +41,8 @@ _HOMES = {
     "jaxinfer.checkpoints.store": ("Verified", "verify"),
     "jaxinfer.engine": ("InferenceEngine", "init_inference"),
     "jaxinfer.errors": (
-        "CapacityError", "CheckpointError", "ConfigError", "JaxinferError", "RequestError", "UnsafePathError",
-        "UnsupportedFormatError",
+        "CapacityError", "CheckpointError", "ConfigError", "JaxinferError", "ReadTimeoutError", "RequestError",
+        "UnsafePathError", "UnsupportedFormatError",
     ),
     "jaxinfer.generation.params": ("SamplingParams",),
     "jaxinfer.generation.requests": ("CompletionOutput", "Logprob", "RequestOutput", "RequestOutputs", "ScoreOutput"),

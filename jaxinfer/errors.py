@@ -17,6 +17,10 @@ class CheckpointError(JaxinferError, ValueError):
     """A checkpoint that is missing, damaged, or does not hold the tensors its configuration asks for."""
 
 
+class ReadTimeoutError(CheckpointError):
+    """A read from disk that did not end in time. It may still be under way: nothing can end it but the disk."""
+
+
 class UnsafePathError(CheckpointError):
     """A file name inside a checkpoint that would lead out of the checkpoint's folder."""
 

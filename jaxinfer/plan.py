@@ -172,18 +172,19 @@ class Plan:
         """
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
         rows, size = self.micro_tokens, jnp.dtype(self.dtype).itemsize
-        width = 4 * spec.hidden + (3 * spec.intermediate + 3 * spec.heads * spec.head_dim) // tensor
-        scores = min(4 * rows * spec.heads // tensor * self.micro_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
-        groups = self.layout.kv_groups // tensor
-        widened = 2 * groups * BLOCK_SIZE * spec.head_dim * size
+        # Where weights are gathered: all of the MLP and of the heads for own tokens, and own heads for all tokens.
+        whole = 1 if self.tiers is None or self.tiers.gathering.tokens is None else tensor
+        width = 4 * spec.hidden + 3 * (spec.intermediate + spec.heads * spec.head_dim * min(whole, 2)) * whole // tensor
+        scores = min(4 * rows * whole * spec.heads // tensor * self.micro_blocks * BLOCK_SIZE, SCORE_BYTES) * 3
+        widened = 2 * (self.layout.kv_groups // tensor) * BLOCK_SIZE * spec.head_dim * size
         read = self.micro_blocks
         if self.tiers is not None and self.hardware.platform == "cpu":  # there, decode gathers what it reads
             read = max(read, self.slots * self.longest_blocks)
         gathered = read * (self.block_bytes_per_device // spec.num_layers + widened)
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
         # Hidden states of a pass wait between the layers, and are put together at the end.
-        waiting = 0 if self.tiers is None else (self.prefill_tokens + 2 * rows) * spec.hidden * size
-        return rows * width * size * 2 + scores + gathered + logits + waiting
+        waiting = 0 if self.tiers is None else self.prefill_tokens + 2 * rows
+        return (rows * width * 2 + waiting * spec.hidden) * size + scores + gathered + logits
 
     @property
     def micro_tokens(self) -> int:

@@ -45,7 +45,7 @@ def engine(place, dtype, **options):
 def prefill(model, way):
     """Have prefill gather the weights of a layer, or not, whatever was planned."""
     own = model.executor.tiers
-    gathering = dataclasses.replace(own.gathering, tokens=1 if way == "gathered" else None)
+    gathering = dataclasses.replace(own.gathering, tokens=1 if way == "gathered" else None, widened=False)
     model.executor.tiers = dataclasses.replace(own, gathering=gathering)
 
 

@@ -21,11 +21,14 @@ from jaxinfer import progress as bars
 from jaxinfer.checkpoints.boxes import Box, nbytes_of, shape_of
 from jaxinfer.checkpoints.folder import INDEX_FILE, SINGLE_FILE
 from jaxinfer.checkpoints.manifest import MANIFEST, PARTIAL, WEIGHTS, Manifest, StoredTensor, digest
-from jaxinfer.errors import CheckpointError, listed
+from jaxinfer.errors import CheckpointError, ReadTimeoutError, listed
 
 # What OCDBT needs to find chunks. Chunks themselves are not cached, each is read once.
 _INDEX_CACHE_BYTES = 16 << 20
 MAX_THREADS = 16
+SLOWEST = 1e6
+"""Bytes per second of a slow disk that is alive: long reads may take longer, since none shows before its end."""
+_LOOK_SECONDS = 0.5
 COMMIT = "commit_success.txt"
 """What orbax writes last into a checkpoint; it restores without, so that we look."""
 
@@ -47,6 +50,8 @@ class Store:
         path: the folder.
         strict: refuse a store whose files are missing or damaged; otherwise :meth:`faults` says what they lack.
         direct: read past the page cache (O_DIRECT), which must be possible there.
+        seconds: how long a read may take, and besides a second for each of its megabytes (:data:`SLOWEST`); None: for
+            ever. A read that was given up may still write to its array, which it keeps alive until it ends.
 
     Attributes:
         path: the folder.
@@ -58,14 +63,18 @@ class Store:
         UnsupportedFormatError: it is of another version.
     """
 
-    def __init__(self, path: str | Path, *, strict: bool = True, direct: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, *, strict: bool = True, direct: bool = False, seconds: float | None = None
+    ) -> None:
+        self.path, self.seconds = Path(path), seconds
         self.manifest = Manifest.read(self.path)
         faults = self.faults() if strict else []
         if faults:
             raise CheckpointError(f"{self.path}: {len(faults)} files missing or damaged: {listed(faults)}")
         self._context = _context(direct)
         self._handles: dict[str, Any] = {}
+        self._opening: dict[str, Any] = {}
+        self._stopped = threading.Event()
         self._lock = threading.Lock()
 
     @property
@@ -126,6 +135,7 @@ class Store:
 
         Raises:
             CheckpointError: the chunk cannot be read, or has another digest. ``out`` must not be used then.
+            ReadTimeoutError: it did not come in time. ``out`` may be written to at any later time.
         """
         self._filled(tensor, f", chunk {index} of {len(tensor.digests)}", box, out)()
         got = digest(out)
@@ -133,7 +143,7 @@ class Store:
             where = self._where(tensor, f", chunk {index} of {len(tensor.digests)}")
             raise CheckpointError(f"{where}: damaged: expected crc32c {tensor.digests[index]:08x}, got {got:08x}")
 
-    def fetch(self, tensor: StoredTensor, box: Box, out: np.ndarray) -> Callable[[], None]:
+    def fetch(self, tensor: StoredTensor, box: Box, out: np.ndarray) -> Callable[..., None]:
         """Start reading a region whose chunks have been verified before; without another look at their digests.
 
         Args:
@@ -142,24 +152,32 @@ class Store:
             out: an array of its shape and dtype.
 
         Returns:
-            A function that waits until ``out`` is filled, and raises :class:`CheckpointError` where it cannot be.
+            A function that waits until ``out`` is filled, and raises :class:`CheckpointError` where it cannot be, or
+            :class:`ReadTimeoutError` where that takes too long; it may be called again then. With a number of seconds
+            it waits no longer than that.
         """
         return self._filled(tensor, "", box, out)
 
-    def _filled(self, tensor: StoredTensor, which: str, box: Box, out: np.ndarray) -> Callable[[], None]:
+    def _filled(self, tensor: StoredTensor, which: str, box: Box, out: np.ndarray) -> Callable[..., None]:
         """Start a read; what is returned waits for it."""
         failed: Exception | None = None
         future: Any = None
+        begun = time.monotonic()
         try:
             future = tensorstore.array(out).write(self._handle(tensor)[box])
         except (ValueError, OSError, RuntimeError) as error:
             failed = error
 
-        def wait() -> None:
+        def wait(seconds: float | None = None) -> None:
+            limit = None if self.seconds is None else self.seconds + out.nbytes / SLOWEST
+            limit = limit if seconds is None else seconds
             try:
                 if failed is not None:
                     raise failed
-                future.result()
+                self._result(future, limit)
+            except TimeoutError:
+                waited = f"which did not come in {time.monotonic() - begun:.3g} seconds"
+                raise ReadTimeoutError(f"{self._where(tensor, which)}: expected {out.nbytes} bytes, {waited}") from None
             except (ValueError, OSError, RuntimeError) as error:
                 raise CheckpointError(
                     f"{self._where(tensor, which)}: expected {out.nbytes} bytes, cannot be read: {_reason(error)}"
@@ -167,12 +185,29 @@ class Store:
 
         return wait
 
+    def _result(self, future: Any, seconds: float | None) -> Any:
+        """What a future brings, unless that takes too long or the store is stopped."""
+        if self.seconds is None:
+            return future.result()
+        end = time.monotonic() + (self.seconds if seconds is None else seconds)
+        while True:
+            try:
+                return future.result(timeout=max(0.0, min(end - time.monotonic(), _LOOK_SECONDS)))
+            except TimeoutError:
+                if time.monotonic() >= end or self._stopped.is_set():
+                    raise
+
     def _where(self, tensor: StoredTensor, which: str) -> str:
         return f"{self._folder(tensor.group)}: tensor {tensor.path}{which}"
+
+    def stop(self) -> None:
+        """Let nobody wait much longer for reads that are under way, where they had limited seconds."""
+        self._stopped.set()
 
     def close(self) -> None:
         """Close the files. Closing twice is harmless."""
         self._handles.clear()
+        self._opening.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -185,14 +220,21 @@ class Store:
 
     def _handle(self, tensor: StoredTensor) -> Any:
         with self._lock:
-            found = self._handles.get(tensor.path)
-            if found is None:
-                found = open_tensor(self._folder(tensor.group), tensor.path, self._context)
-                layout = (tuple(found.shape), found.dtype.numpy_dtype, tuple(found.chunk_layout.read_chunk.shape))
-                if layout != (tensor.shape, tensor.dtype, tensor.chunk):
-                    expected = f"{tensor.dtype} {list(tensor.shape)} in chunks of {list(tensor.chunk)}"
-                    raise ValueError(f"expected {expected}, got {layout[1]} {list(layout[0])} in {list(layout[2])}")
-                self._handles[tensor.path] = found
+            if (found := self._handles.get(tensor.path)) is not None:
+                return found
+            opening = self._opening.get(tensor.path)
+            if opening is None:
+                opening = self._opening[tensor.path] = _open(self._folder(tensor.group), tensor.path, self._context)
+        try:
+            found = self._result(opening, None)
+        finally:
+            if opening.done():  # otherwise it is waited for again
+                self._opening.pop(tensor.path, None)
+        layout = (tuple(found.shape), found.dtype.numpy_dtype, tuple(found.chunk_layout.read_chunk.shape))
+        if layout != (tensor.shape, tensor.dtype, tensor.chunk):
+            expected = f"{tensor.dtype} {list(tensor.shape)} in chunks of {list(tensor.chunk)}"
+            raise ValueError(f"expected {expected}, got {layout[1]} {list(layout[0])} in {list(layout[2])}")
+        self._handles[tensor.path] = found
         return found
 
 
@@ -206,6 +248,11 @@ def _context(direct: bool = False) -> Any:
 
 def open_tensor(folder: Path, path: str, context: Any = None) -> Any:
     """Open one leaf of an orbax checkpoint for reading."""
+    return _open(folder, path, context or _context()).result()
+
+
+def _open(folder: Path, path: str, context: Any) -> Any:
+    """Begin to open a leaf."""
     kvstore = {
         "driver": "ocdbt",
         "base": {"driver": "file", "path": f"{os.path.abspath(folder)}/"},
@@ -214,7 +261,7 @@ def open_tensor(folder: Path, path: str, context: Any = None) -> Any:
     }
     # Orbax stores every chunk. One that is not there is damage; without the option it would be zeros, without a word.
     spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
-    return tensorstore.open(spec, open=True, read=True, context=context or _context()).result()
+    return tensorstore.open(spec, open=True, read=True, context=context)
 
 
 @dataclass(frozen=True)

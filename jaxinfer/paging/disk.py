@@ -1,6 +1,9 @@
 """Layers read from a store on disk into host buffers, ahead of their use.
 
 Chunks are held against their digests when they are read first; after that TensorStore reads straight into the buffer.
+
+A disk that never answers is an error after :data:`READ_SECONDS`. The system offers no way to end such a read, so that
+it is left behind: what it may still write to stays allocated, and is used for nothing else, until it ends.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ import numpy as np
 from jaxinfer.checkpoints.boxes import Box, intersection, relative, size_of, view
 from jaxinfer.checkpoints.manifest import WEIGHTS, StoredTensor
 from jaxinfer.checkpoints.store import Store, staging, threads
-from jaxinfer.errors import CheckpointError
+from jaxinfer.errors import CheckpointError, ReadTimeoutError
 from jaxinfer.models.relayout import Move
 from jaxinfer.paging.packing import PAGE, Leaf, Packing
 from jaxinfer.paging.timeline import Event, Timeline
 
+READ_SECONDS = 120.0
+"""How long a read may go on after the one before it has ended, and besides a second for each of its megabytes
+(:data:`jaxinfer.checkpoints.store.SLOWEST`): at first of a chunk, which has at most 8 MiB, then of a tensor's part."""
 PROBE_BYTES = 256 << 20
 """What :func:`measure` reads, at most."""
 
@@ -52,6 +58,7 @@ class DiskLayers:
         self.store, self.moves, self.timeline = store, moves, timeline
         self.verified: set[int] = set()
         self._local = threading.local()
+        self._late: dict[int, list[Callable[..., None]]] = {}
         self._pool = ThreadPoolExecutor(threads(), "jaxinfer-verify")
 
     def read(self, layer: int, packing: Packing, buffers: Sequence[np.ndarray]) -> None:
@@ -59,7 +66,9 @@ class DiskLayers:
 
         Raises:
             CheckpointError: a file cannot be read or, the first time, a chunk is damaged; naming tensor and file.
+            ReadTimeoutError: a read did not end in time, now or in an earlier call for the same buffers.
         """
+        self._wait_for_late(buffers)
         start = time.perf_counter()
         views = [packing.views(buffer) for buffer in buffers]
         tensors = {leaf: self.store.tensors[f"layers.{layer}.{leaf.name}"] for leaf in packing.leaves}
@@ -73,17 +82,21 @@ class DiskLayers:
                 for tensor in tensors.values()
                 for region in regions[tensor.path]
             ]
-            errors = []
-            for filled in pending:  # all of them, as above
+            errors: list[CheckpointError] = []
+            late = self._late[_place(buffers)] = []
+            for filled in pending:  # all of them, as below; but where the disk hangs one has waited for all
                 try:
-                    filled()
+                    filled(*((0.0,) if late else ()))
                 except CheckpointError as error:
                     errors.append(error)
+                    if isinstance(error, ReadTimeoutError):
+                        late.append(filled)
             if errors:
                 raise errors[0]
         else:
+            hangs = threading.Event()
             checks = [
-                self._pool.submit(self._verify, tensor, index, box, regions[tensor.path])
+                self._pool.submit(self._verify, tensor, index, box, regions[tensor.path], hangs)
                 for tensor in tensors.values()
                 for index, box in enumerate(tensor.boxes())
             ]
@@ -94,14 +107,40 @@ class DiskLayers:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.timeline.add(Event("disk", layer, start, time.perf_counter(), nbytes))
 
+    def stop(self) -> None:
+        """Let nobody wait much longer for reads that are under way."""
+        self.store.stop()
+
     def close(self) -> None:
-        """Let no more be read."""
+        """Let no more be read. Reads that hang are left behind."""
+        self.stop()
         self._pool.shutdown(cancel_futures=True)
         self.store.close()
 
-    def _verify(self, tensor: StoredTensor, index: int, box: Box, regions: Sequence[_Region]) -> None:
+    def _wait_for_late(self, buffers: Sequence[np.ndarray]) -> None:
+        """Wait until reads that were given up can write to these buffers no more."""
+        late = self._late.get(_place(buffers), [])
+        while late:
+            try:
+                late[0]()
+            except ReadTimeoutError:
+                raise
+            except CheckpointError:
+                pass  # it has ended, and what it was for has failed long ago
+            late.pop(0)
+
+    def _verify(
+        self, tensor: StoredTensor, index: int, box: Box, regions: Sequence[_Region], hangs: threading.Event
+    ) -> None:
+        if hangs.is_set():
+            return  # another one has waited, and its error ends the whole
         values = staging(self._local, tensor, box)
-        self.store.read(tensor, index, box, values)
+        try:
+            self.store.read(tensor, index, box, values)
+        except ReadTimeoutError:
+            hangs.set()
+            del self._local.buffer  # which may be written to later
+            raise
         for region in regions:
             common = intersection(box, region.source)
             if size_of(common):
@@ -226,17 +265,45 @@ class _Filling:
     failed: bool = False
 
 
+def _place(buffers: Sequence[np.ndarray]) -> int:
+    """Which memory it is."""
+    return int(buffers[0].ctypes.data)
+
+
 def measure(store: Store) -> float:
     """Bytes per second of a disk, read with O_DIRECT (or, where the file system has none, with cold pages), one thread.
 
     Raises:
         CheckpointError: the store cannot be read.
+        ReadTimeoutError: nothing was read in :data:`READ_SECONDS`.
     """
+    # A thread that hangs must not keep the program from its end, as one of a pool would.
+    found: Future[float] = Future()
+    read = [0]
+    threading.Thread(target=_measure, args=(store, found, read), name="jaxinfer-probe", daemon=True).start()
+    while True:
+        before = read[0]
+        try:
+            return found.result(READ_SECONDS)
+        except TimeoutError:
+            if read[0] == before:
+                folder = store.path / WEIGHTS
+                raise ReadTimeoutError(f"{folder}: no byte came from disk in {READ_SECONDS:.3g} seconds") from None
+
+
+def _measure(store: Store, found: Future[float], read: list[int]) -> None:
+    try:
+        found.set_result(_rate(store, read))
+    except BaseException as error:
+        found.set_exception(error)
+
+
+def _rate(store: Store, read: list[int]) -> float:
     files = sorted((store.path / WEIGHTS).rglob("d/*"), key=lambda path: -path.stat().st_size)
     buffer = np.frombuffer(mmap.mmap(-1, 8 << 20), np.uint8)  # on a page's border, as O_DIRECT wants it
     done, seconds = 0, 0.0
     for path in files:
-        count, took = _read_direct(path, buffer, PROBE_BYTES - done)
+        count, took = _read_direct(path, buffer, PROBE_BYTES - done, read)
         done, seconds = done + count, seconds + took
         if done >= PROBE_BYTES:
             break
@@ -245,7 +312,7 @@ def measure(store: Store) -> float:
     return done / max(seconds, 1e-9)
 
 
-def _read_direct(path: Path, buffer: np.ndarray, most: int) -> tuple[int, float]:
+def _read_direct(path: Path, buffer: np.ndarray, most: int, read: list[int]) -> tuple[int, float]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:
@@ -255,6 +322,7 @@ def _read_direct(path: Path, buffer: np.ndarray, most: int) -> tuple[int, float]
         start, done = time.perf_counter(), 0
         while done < most and (count := os.preadv(handle, [buffer], done)):
             done += count
+            read[0] += count
             if count % PAGE:  # the end of the file
                 break
         return done, time.perf_counter() - start

@@ -36,6 +36,7 @@ from jaxinfer.generation.runner import bucket_width
 from jaxinfer.generation.sampling import PenaltyState, SamplerFeatures
 from jaxinfer.models.attention import Batch, LayerCache
 from jaxinfer.models.decoder import Decoder
+from jaxinfer.paging.gathering import gathers, micro_batches
 from jaxinfer.paging.host_cache import Chunks, HostCache, SlotGroup, newest, window_tables
 from jaxinfer.paging.pager import Pager
 from jaxinfer.paging.tiers import ROOMY_SLOTS
@@ -89,9 +90,10 @@ class PagedExecutor(Executor):
             self.trace.append(("prefill", functools.partial(self.prefill, inputs, features, wish)))
         assert inputs.pieces is None, "prompts of a paged plan are not packed: see packing_of"
         rows, tokens = inputs.tokens.shape
-        groups, columns = self._split(rows // self.plan.shards, tokens, inputs.tables.shape[1])
+        about = rows // self.plan.shards, tokens, inputs.tables.shape[1]
+        gathered = gathers(self.plan, self.tiers, *about)
+        groups, columns = self._split(*about, gathered)
         parts = [self._part(inputs, group, groups) for group in range(groups)]
-        gathered = self._gathers(rows // self.plan.shards * tokens, tokens // columns)
         if self.kv is not None:
             visits = [Chunks.of(part.tables, part.positions, self.plan.longest_blocks) for part in parts]
             self.kv.begin(visits)
@@ -317,15 +319,8 @@ class PagedExecutor(Executor):
 
     def _gather_step(self, layer: int, segments: list[jax.Array]) -> Any:
         packing = self.pager.packings[layer]
-        specs = [segment.spec for segment in packing.segments]
-        return self._once(
-            ("gather", packing), "gathering of a layer", packing.gather, (segments,), (specs,), PartitionSpec(), ()
-        )
-
-    def _gathers(self, tokens: int, width: int) -> bool:
-        """Whether a pass of so many tokens a shard, in pieces of some width, gathers weights."""
-        least = self.tiers.gathering.tokens
-        return least is not None and tokens >= least and width % self.plan.mesh["tensor"] == 0
+        about = packing.gather, (segments,), ([segment.spec for segment in packing.segments],), PartitionSpec(), ()
+        return self._once(("gather", packing), "gathering of a layer", *about)
 
     def _hidden_spec(self, gathered: bool) -> PartitionSpec:
         """Where hidden states [B, T, H] lie: with gathered weights each device has its part of the tokens."""
@@ -451,12 +446,8 @@ class PagedExecutor(Executor):
         """The compiled step for a key, compiled now if this is its first use."""
         return self._compiled[key] if key in self._compiled else self._compile(key, *about)
 
-    def _split(self, rows: int, tokens: int, blocks: int) -> tuple[int, int]:
-        """Micro-batches of a prefill step: groups of rows of each shard, and pieces along the tokens of each row."""
-        most = max(1, min(self.tiers.micro_tokens // tokens, self.plan.micro_blocks // blocks))
-        groups = next(count for count in range(1, rows + 1) if rows % count == 0 and rows // count <= most)
-        columns = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= self.tiers.micro_tokens)
-        return groups, columns
+    def _split(self, rows: int, tokens: int, blocks: int, gathered: bool) -> tuple[int, int]:
+        return micro_batches(self.plan, self.tiers, rows, tokens, blocks, gathered)
 
     def _part(self, inputs: PrefillInputs, group: int, groups: int) -> PrefillInputs:
         """A group of rows: the same rows of every data shard."""

@@ -108,7 +108,12 @@ class Pager:
         self._drain()
 
     def close(self) -> None:
-        """Wait for what is under way, and give memory on host and devices back."""
+        """Wait for what is under way, and give memory on host and devices back.
+
+        Of reads from disk only those that end soon: where a disk hangs, a read keeps its memory until it ends.
+        """
+        if self.disk is not None:
+            self.disk.stop()
         if self.ring is not None:
             self.ring.close()
         self.link.close()

@@ -149,7 +149,7 @@ def _disk_layers(pretrained: Pretrained, plan: Plan, packings: list[Packing], ti
         )
     # What fits beside everything else is left to the page cache, which is faster than any disk.
     direct = tiers.disk_bytes > available() - tiers.host_bytes and _can_be_direct(pretrained.checkpoint)
-    store = Store(pretrained.folder, direct=direct)
+    store = Store(pretrained.folder, direct=direct, seconds=disk.READ_SECONDS)
     moves, wrong = {}, []
     for layer in layers:
         for leaf in packings[layer].leaves:

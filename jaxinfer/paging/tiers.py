@@ -431,13 +431,14 @@ def rows(plan: Plan) -> list[tuple[str, str, str]]:
 
     times = {"link": found.link_ms, "disk": found.disk_ms if tiers.disk_bytes else None}
     shown = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items() if ms is not None)
+    ring = f"{tiers.ring_slots} buffers for disk" if tiers.ring_slots else ""
     return [
         ("layers", f"{counts['device']} stay, {counts['host']} in host memory, {counts['disk']} on disk", ""),
         ("slots for paged layers", f"{min(tiers.slots, len(tiers.paged))}", size(max(tiers.layer_bytes)) + " each"),
-        ("host", size(tiers.host_bytes), f"{tiers.ring_slots} buffers for disk" if tiers.ring_slots else ""),
+        ("host", size(tiers.host_bytes), _together(plan, ring)),
         *_kv_rows(plan),
         *prefill.rows(plan),
-        ("disk", size(tiers.disk_bytes), "read at every pass" if tiers.disk_bytes else ""),
+        ("disk", size(tiers.disk_bytes), _together(plan, "read at every pass") if tiers.disk_bytes else ""),
         ("link, disk", f"{rate(plan.hardware.link)}, {rate(tiers.disk)}", shown and f"a pass: {shown}"),
         ("bound by", found.by or "unknown", "" if found.step_ms is None else f"{found.step_ms:.3g} ms a decode step"),
         (
@@ -446,6 +447,11 @@ def rows(plan: Plan) -> list[tuple[str, str, str]]:
             f"a pass takes {plan.prefill_tokens:,} prompt tokens a shard",
         ),
     ]
+
+
+def _together(plan: Plan, more: str) -> str:
+    """What is said beside bytes that are no device's own."""
+    return ", ".join(filter(None, ("for all devices" if plan.devices > 1 else "", more)))
 
 
 def _kv_rows(plan: Plan) -> list[tuple[str, str, str]]:

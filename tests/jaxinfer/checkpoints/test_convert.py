@@ -161,6 +161,23 @@ def test_what_another_conversion_left_is_not_used(folder, good, tmp_path, monkey
     same(convert(folder, tmp_path / "store", progress=False), good)
 
 
+def test_progress_is_shown_where_it_is_wanted(folder, good, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    with Store(good) as store:
+        total = store.nbytes
+    for progress, shown in ((True, True), (False, False), (None, False)):
+        convert(folder, tmp_path / str(progress), progress=progress)
+        found = capsys.readouterr()
+        assert not found.out  # which belongs to the program's own output
+        if shown:
+            assert "converting:   0%" in found.err
+            assert "converting: 100%" in found.err
+            assert f"{total / 1e3:.0f}k/{total / 1e3:.0f}k" in found.err
+        else:
+            assert not found.err
+
+
 def test_what_cannot_be_converted(folder, good, tmp_path):
     with pytest.raises(CheckpointError, match="expected a folder of safetensors, got a store"):
         convert(good, tmp_path / "store", progress=False)

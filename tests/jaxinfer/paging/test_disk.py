@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import os
 import shutil
+import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 import jaxinfer
 from jaxinfer import SamplingParams
 from jaxinfer.checkpoints.store import Store
-from jaxinfer.errors import CheckpointError
+from jaxinfer.errors import CheckpointError, ReadTimeoutError
+from jaxinfer.paging import disk
 from jaxinfer.paging.disk import DiskLayers, measure
 from tests.engines import of
 from tests.stores import converted, copied, data_file
@@ -131,6 +137,170 @@ def test_a_slow_disk_is_only_slow_and_is_reported(good, expected, monkeypatch):
     waited = found["waited_seconds"]
     assert waited["disk"] > 0.1
     assert waited["disk"] > waited["link"] + waited["compute"]
+
+
+@contextlib.contextmanager
+def hanging(store, group):
+    """A file of a group that whoever opens it waits for, as on a disk that never answers."""
+    path = data_file(store, group)
+    aside, pipe = store / "aside", store / "pipe"
+    path.rename(aside)
+    os.mkfifo(path)
+    try:
+        yield
+    finally:
+        path.rename(pipe)
+        aside.rename(path)
+        with contextlib.suppress(OSError):  # nobody waits any more
+            while True:
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+                time.sleep(0.01)
+        pipe.unlink()
+
+
+NEVER = r"weights/layers\.1: tensor layers\.1\.[^:]+: expected \d+ bytes, which did not come in [\d.]+ seconds"
+
+
+def test_a_read_that_never_ends_is_an_error_and_its_buffers_are_left_alone_until_it_has(good, tmp_path):
+    place = copied(good, tmp_path / "store")
+    with of(good, offload="disk") as engine:
+        pager = engine.executor.pager
+        packing = pager.packings[1]
+        expected, buffers = ([np.zeros(packing.nbytes, np.uint8)] for _ in range(2))
+        pager.disk.read(1, packing, expected)
+        layers = DiskLayers(Store(place, seconds=0.4), pager.disk.moves, pager.timeline)
+        for first in (True, False):
+            with hanging(place, "layers.1"):
+                for _ in range(2):
+                    start = time.perf_counter()
+                    with pytest.raises(ReadTimeoutError, match=NEVER):
+                        layers.read(1, packing, buffers)
+                    assert time.perf_counter() - start < 5
+                assert layers.verified == (set() if first else {1})
+            buffers[0][:] = 0
+            layers.read(1, packing, buffers)
+            np.testing.assert_array_equal(buffers[0], expected[0])
+            assert not any(layers._late.values())
+        layers.close()
+
+
+def test_what_a_read_that_was_given_up_may_still_write_to_is_used_for_nothing_else(good, monkeypatch):
+    begin, outs, hangs = tensorstore.array, [], [True]
+
+    class Never:
+        def result(self, timeout):
+            time.sleep(timeout)
+            if hangs[0]:
+                raise TimeoutError
+
+    def array(out):
+        outs.append(out)
+        return SimpleNamespace(write=lambda source: Never() if hangs[0] else begin(out).write(source))
+
+    monkeypatch.setattr(disk, "threads", lambda: 1)
+    with of(good, offload="disk") as engine:
+        pager = engine.executor.pager
+        packing = pager.packings[0]
+        layers = DiskLayers(Store(good, seconds=0.1), pager.disk.moves, pager.timeline)
+    monkeypatch.setattr(tensorstore, "array", array)
+    buffers = [np.zeros(packing.nbytes, np.uint8)]
+    with pytest.raises(ReadTimeoutError):
+        layers.read(0, packing, buffers)
+    (lost,) = outs  # one has waited, the other chunks were not begun
+    hangs[0] = False
+    layers.read(0, packing, buffers)
+    assert not any(np.shares_memory(lost, out) for out in outs[1:])
+
+    hangs[0] = True
+    outs.clear()
+    for _ in range(2):
+        with pytest.raises(ReadTimeoutError):
+            layers.read(0, packing, buffers)
+        assert len(outs) == len(packing.leaves)  # nothing new is begun for these buffers
+    with pytest.raises(ReadTimeoutError):
+        layers.read(0, packing, [np.zeros(packing.nbytes, np.uint8)])
+    assert len(outs) == 2 * len(packing.leaves)
+    hangs[0] = False
+    layers.read(0, packing, buffers)
+    assert len(outs) == 3 * len(packing.leaves)
+    layers.close()
+
+
+def test_an_engine_goes_on_when_a_disk_that_hung_is_back(good, tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(disk, "READ_SECONDS", 0.4)
+    place = copied(good, tmp_path / "store")
+    with of(place, offload="disk") as engine:
+        assert tokens(engine) == expected
+        with hanging(place, "layers.1"), pytest.raises(ReadTimeoutError, match=NEVER):
+            tokens(engine)
+        assert tokens(engine) == expected
+
+
+def test_closing_does_not_wait_for_a_disk_that_hangs(good, tmp_path):
+    place = copied(good, tmp_path / "store")
+    before, caught = len(jax.live_arrays()), []
+    with of(place, offload="disk") as engine, hanging(place, "layers.1"):
+        assert engine.executor.pager.disk.store.seconds == disk.READ_SECONDS
+
+        def ask():
+            try:
+                tokens(engine)
+            except Exception as error:
+                caught.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        asking.join(3)
+        assert asking.is_alive()
+        start = time.perf_counter()
+        engine.executor.pager.close()
+        asking.join(10)
+        assert time.perf_counter() - start < 10
+        assert isinstance(caught[0], CheckpointError | concurrent.futures.CancelledError)
+    assert len(jax.live_arrays()) <= before + 1
+
+
+def test_a_disk_that_is_slow_but_alive_is_no_error(good, monkeypatch):
+    """One that serves a read after another: a layer takes longer than a read may."""
+    ready, begin = [0.0], tensorstore.array
+
+    class Slow:
+        def __init__(self, future):
+            self.future = future
+            self.ready = ready[0] = max(ready[0], time.monotonic()) + 0.1
+
+        def result(self, timeout):
+            left = self.ready - time.monotonic()
+            time.sleep(max(0.0, min(timeout, left)))
+            if left > timeout:
+                raise TimeoutError
+            return self.future.result()
+
+    def array(out):
+        return SimpleNamespace(write=lambda source: Slow(begin(out).write(source)))
+
+    monkeypatch.setattr(disk, "threads", lambda: 2)
+    with of(good, offload="disk") as engine:
+        pager = engine.executor.pager
+        packing = pager.packings[0]
+        expected = [np.zeros(packing.nbytes, np.uint8)]
+        pager.disk.read(0, packing, expected)
+        layers = DiskLayers(Store(good, seconds=0.5), pager.disk.moves, pager.timeline)
+    monkeypatch.setattr(tensorstore, "array", array)
+    for _ in ("verified", "as it is"):
+        start, buffers = time.perf_counter(), [np.zeros(packing.nbytes, np.uint8)]
+        layers.read(0, packing, buffers)
+        assert time.perf_counter() - start > 0.6
+        np.testing.assert_array_equal(buffers[0], expected[0])
+    layers.close()
+
+
+def test_a_disk_that_hangs_when_its_rate_is_measured_is_an_error(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "READ_SECONDS", 0.3)
+    place = copied(good, tmp_path / "store")
+    message = r"store/weights: no byte came from disk in 0\.3 seconds"
+    with Store(place) as store, hanging(place, "layers.1"), pytest.raises(ReadTimeoutError, match=message):
+        measure(store)
 
 
 def test_a_folder_cannot_be_read_at_every_step(good, tmp_path_factory):

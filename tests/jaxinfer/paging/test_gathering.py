@@ -60,6 +60,12 @@ def layers_of(engine):
     return gathered, sharded, gathers
 
 
+def gathered_batches(engine):
+    """The batches of the compiled layers whose weights are gathered."""
+    batches = [step.args_info[0][3] for key, step in engine.executor._compiled.items() if key[0] == "layer"]
+    return [batch for batch in batches if batch.gathered]
+
+
 def sent(text, collective):
     """Bytes of the results of a kind of collective in a compiled program, on one device."""
     found = re.findall(rf"= (.*?) {collective}\(", text)
@@ -150,7 +156,7 @@ def test_micro_batches_share_what_was_gathered(offload, more, root, tmp_path, mo
     asked = prompts(case(name), LENGTHS)
     with tiny(root, name, **{k: v for k, v in more.items() if k == "kv_dtype"}) as resident:
         expected = said(resident, asked)
-    monkeypatch.setattr(tiers, "MICRO_TOKENS", 64)
+    monkeypatch.setattr(tiers, "MICRO_TOKENS", 32)
     store = convert(checkpoint(case(name), root), tmp_path / "store", progress=False)
     with of(store, mesh={"tensor": 2}, offload=offload, **LONG, **more) as paged:
         executor, calls = paged.executor, []
@@ -160,13 +166,17 @@ def test_micro_batches_share_what_was_gathered(offload, more, root, tmp_path, mo
         assert said(paged, asked) == expected
         assert max(groups for groups, _ in splits) > 1
         assert max(columns for _, columns in splits) > 1
+        # Each device computes as many of a piece's tokens as it would of a sharded pass.
+        pieces = [math.prod(batch.tokens.shape) for batch in gathered_batches(paged)]
+        assert 32 < max(pieces) <= 2 * 32
         count = paged.plan.spec.num_layers
         assert calls == [*range(count)] * (len(calls) // count)
         assert 0 < len(calls) // count <= len(splits)
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "fp8"])
-def test_quantized_weights_are_gathered_as_they_travel(method):
+def test_quantized_weights_are_gathered_as_they_travel(method, monkeypatch):
+    monkeypatch.setattr(tiers, "MICRO_TOKENS", 64)  # pieces enough to widen for
     asked = [list(range(3, 60)), list(range(9, 120)), [5, 17, 4] * 40]
     options = {"dtype": "float32", "max_model_len": 256, "quantize": method}
     with of("demo", mesh={"tensor": 2}, **options) as resident:
@@ -174,10 +184,41 @@ def test_quantized_weights_are_gathered_as_they_travel(method):
     with of("demo", mesh={"tensor": 2}, offload="host", **options, **(LONG | {"prefill_tokens": 2048})) as paged:
         paged.executor.tiers = with_gathering(paged.executor.tiers, 64)
         assert said(paged, asked) == expected
+        assert paged.plan.tiers.gathering.widened
         gathered, _, _ = layers_of(paged)
         assert gathered
         for got, one in zip(paged.logits(asked), logits, strict=True):
             np.testing.assert_allclose(got, one, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "fp8"])
+def test_quantized_weights_are_gathered_only_where_they_are_widened_no_oftener(spec, method):
+    """Of OPT-13B's layers: whole pieces of 4096 tokens for each device, however few bytes weights are."""
+    big = dataclasses.replace(spec, hidden=5120, heads=40, kv_heads=40, head_dim=128, intermediate=14336)
+
+    def planned(tensor, quantize):
+        return make_plan(
+            big, {"tensor": tensor}, "bfloat16", DEVICE, max_batch=64, offload="host", quantize=quantize,
+            prefill_tokens=32768, kv_blocks=1024,
+        )  # fmt: skip
+
+    for tensor in (2, 4):
+        found, plain = planned(tensor, method), planned(tensor, None)
+        chosen, pieces = found.tiers.gathering, 4096 * tensor
+        sharded, gathered = exchanged_bytes(found, max(found.tiers.layer_bytes), pieces)
+        assert chosen.tokens == pieces if gathered < sharded else chosen.tokens > pieces
+        assert f"; a whole layer is widened for {pieces:,} tokens at a time, a part of one for 4,096" in chosen.why
+        assert f"gathered from {chosen.tokens:,} tokens" in rows(found)[0][1]
+        assert "widened" not in plain.tiers.gathering.why
+
+        def ways(count, tokens, blocks, found=found, plain=plain):
+            return [gathering.gathers(plan, plan.tiers, count, tokens, blocks) for plan in (found, plain)]
+
+        assert ways(64, 512, 8) == [True, True]
+        assert ways(8, 4096, 64) == [True, True]
+        assert not ways(56, 512, 8)[0]  # 7 pieces of a part, and more than half or a quarter of that
+        assert ways(64, 512, 256) == [False, True]  # memory for long contexts: as many pieces either way
+        assert ways(8, 512, 8) == [False, False]
 
 
 def with_gathering(own, tokens):
@@ -213,7 +254,7 @@ def test_devices_hold_no_more_than_the_plan_says(root):
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_gathering_takes_no_more_memory_than_is_counted(method, tensor):
     """Of parameters that travel alone and of small ones."""
-    options = {"dtype": "float32", "max_model_len": 256, "quantize": method, "prefill_tokens": 8192}
+    options = {"dtype": "float32", "max_model_len": 256, "quantize": method, "prefill_tokens": 4096 * tensor}
     with of("demo", mesh={"tensor": tensor}, offload="host", **options) as paged:
         executor = paged.executor
         segments = executor.pager.take(0)
@@ -295,12 +336,14 @@ def test_weights_are_gathered_only_where_there_is_room(spec, monkeypatch):
         middle = (least + enough) // 2
         least, enough = (least, middle) if fits(middle) else (middle + 1, enough)
     assert fits(least)
+    before, room = least, 1 << 30
+    while before + 1 < room:
+        middle = (before + room) // 2
+        before, room = (before, middle) if planned(middle).tiers.gathering.tokens is not None else (middle, room)
     needed = planned(1 << 30).tiers.gathering.nbytes
-    assert 0 < needed < least
-    for cap in (least, least + needed - 1):
+    assert room >= least + needed  # larger pieces need more beside
+    for cap in (least, room - 1):
         found = planned(cap).tiers.gathering
         assert (found.tokens, found.nbytes) == (None, 0)
         assert "no room for" in found.why
-    found = planned(least + needed)
-    assert found.tiers.gathering.tokens is not None
-    assert found.total_bytes_per_device <= least + needed
+    assert planned(room).total_bytes_per_device <= room

@@ -13,7 +13,7 @@ import jaxinfer
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.hardware import KNOWN, Hardware
 from jaxinfer.models.families import load_spec
-from jaxinfer.paging.tiers import Tiers, bounds, layer_packings
+from jaxinfer.paging.tiers import Tiers, bounds, layer_packings, rows
 from jaxinfer.plan import USABLE, make_plan
 from tests.cases import case
 from tests.oracle import checkpoint, shared_root
@@ -59,6 +59,10 @@ def test_parts_of_several_devices_add_up_on_the_host(spec):
     assert two.tiers.disk_bytes >= one.tiers.disk_bytes
     assert two.tiers.ring_slots == 4
     assert two.tiers.host_bytes == 4 * max(two.tiers.buffer_bytes)
+    beside = {what: rest for what, _, rest in rows(two)}
+    assert beside["host"] == "for all devices, 4 buffers for disk"
+    assert beside["disk"] == "for all devices, read at every pass"
+    assert "for all devices" not in str(one)
 
 
 @given(st.integers(1, 60), st.integers(0, 12))
