@@ -75,7 +75,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A compiled step: how often each kernel of ours is in its HLO, and bytes of its memory, caches and least weight."""
+    """A compiled step: how often each kernel of ours is in its HLO, bytes of memory, caches and the least weight."""
 
     kernels: dict[str, int]
     aliased: int
@@ -167,7 +167,8 @@ def build(name: str) -> Any:
     else:
         body = functools.partial(executor._decode_body, features=SamplerFeatures())
         results = (executor._steps_rows, None)
-    weight = min(info.nbytes for path, info in plan.parameters.items() if path.endswith((".qkv", ".out", ".up", ".down")))
+    weights = (f"layers.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down"))
+    weight = min(plan.parameters[path].nbytes for path in weights)
     return executor._step(name, name, body, (inputs, None), results), plan.cache_bytes_per_device, weight
 
 

@@ -20,7 +20,7 @@ def compiled() -> dict[str, steps.Step]:
 
 @pytest.mark.parametrize("name", [name for name in steps.CASES if "prefill" not in name and name not in WHOLE])
 def test_a_layer_of_a_decode_step_is_five_kernels(name: str, compiled: dict[str, steps.Step]):
-    """Products with query, key and value, out, up and down, and attention; in float32 none. Also of one row, if need be.
+    """Products with query, key and value, out, up and down, and attention; in float32 none. One row is no exception.
 
     Where heads are of 128, or not rotated, the first of them writes the cache as well. Quantized weights have a kernel
     of their own, which does not.
@@ -39,7 +39,8 @@ def test_a_layer_of_a_decode_step_is_five_kernels(name: str, compiled: dict[str,
 def test_a_decode_step_of_few_rows_is_one_kernel(name: str, compiled: dict[str, steps.Step]):
     """For all layers; and what is a weight's, such as the attention's output in another shape, is not copied for it."""
     assert compiled[name].kernels == {"decoder_layers": 1}
-    assert compiled[name].temporary < compiled[name].weight
+    if "7B" in name:  # small, a weight is less than what blocks hand on
+        assert compiled[name].temporary < compiled[name].weight // 4
 
 
 @pytest.mark.parametrize("name", [name for name in steps.CASES if "prefill" in name])
