@@ -33,9 +33,12 @@ from pallas_kernels import layer_mosaic
 from pallas_kernels.decoder_layers import decoder_layers, plan_of
 from tests.pallas_kernels.layer_cases import LARGE, LLAMA, SMALL, operands, static
 
-LAYERS = 16
-ROUNDS = 4
+LAYERS = 8
+ROUNDS = 8
 """Times that a call goes through the layers: the host takes longer to hand out one than a GPU to run it."""
+
+
+ABLATIONS = ("no waiting", "no waiting, no attention", "half the ring")
 
 
 class Bench:
@@ -179,7 +182,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kinds", nargs="*", default=["bfloat16", "int8", "int4", "fp8"])
     parser.add_argument("--cases", nargs="*", default=list(SMALL | LARGE), help="to check")
-    parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--ablate", nargs="*", default=[], choices=ABLATIONS, help="also time the kernel so")
+    parser.add_argument("--alone", action="store_true", help="without the kernels of the parts")
     bench = Bench(parser.parse_args())
     if bench.given.kinds:
         bench.note("limits", dataclasses.asdict(measure_limits()))
@@ -196,7 +200,7 @@ def main() -> None:
         if bench.late(15):
             break
         case = dataclasses.replace(LLAMA, weight=None if kind == "bfloat16" else kind)
-        for whole in (True, False):
+        for whole in (True,) if bench.given.alone else (True, False):
             name = f"{kind} {'whole' if whole else 'apart'}"
             try:
                 function, given, nbytes = chain(case, whole)
@@ -205,7 +209,7 @@ def main() -> None:
                 bench.note(name, {"us": us, "limit_us": limit, "share": limit / us, "layers": LAYERS})
             except Exception as error:
                 bench.note(name, f"{type(error).__name__}: {error}"[:600])
-            if whole and bench.given.ablate and not bench.late(25):
+            if whole and bench.given.ablate and not bench.late(10):
                 ablate(bench, kind, case)
             del given
 
@@ -222,16 +226,16 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
     def glance(self: Any, addresses: Any, number: Any, pairs: bool = False) -> Any:
         return [word for at in addresses for word in self.load_memory(at, 4 if pairs else 2)[::2]]
 
-    for name in ("no waiting", "no waiting, no attention", "half the ring", "4 stages"):
+    for name in bench.given.ablate:
         jax.clear_caches()
         if name.startswith("no waiting"):
             Registers.receive = glance  # type: ignore[method-assign]
         if name.endswith("no attention"):
             layer_mosaic.attend = lambda *_: None
-        if name in ("half the ring", "4 stages"):
+        if name == "half the ring":
             import pallas_kernels.decoder_layers as module
 
-            stages = by_stages // 2 if name == "half the ring" else 4
+            stages = by_stages // 2 + 1
             kept = module.divided
             module.divided = lambda plan, kept=kept, stages=stages: dataclasses.replace(kept(plan), stages=stages)
         try:
@@ -241,7 +245,7 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
         except Exception as error:
             bench.note(f"{kind} {name}", f"{type(error).__name__}: {error}"[:300])
         Registers.receive, layer_mosaic.attend = receive, attend  # type: ignore[method-assign]
-        if name in ("half the ring", "4 stages"):
+        if name == "half the ring":
             module.divided = kept
     jax.clear_caches()
 

@@ -5,16 +5,22 @@ its weights in memory that meanwhile was idle. Here the blocks of one grid, one 
 come through a ring in shared memory, in the order in which they are multiplied; it is filled without regard to where
 one product ends, so while blocks wait for each other, for the norm or for attention, what comes next arrives.
 
-The blocks meet five times a layer, at a counter in global memory: after query, key and value (rotated and written into
-the cache), attention, its output, the gate, and down; what they hand on goes through the L2 cache. A thread copies the very bytes
-that it multiplies (as in :mod:`pallas_kernels.skinny_gemm_quantized`), so nothing but the meetings is waited for.
+Six times a layer a block needs what all others have computed: query, key and value (the last two are also written into
+the cache), parts of attention, attention, its output, the gate, and down. They send it through the L2 cache in packets,
+two values and the number of the layer, which are written and read as one: who finds the number has the values, and
+neither fences nor meetings of all are needed (as in NCCL's protocol LL). Weights are copied by the copy engine, since
+loads of packets would wait behind copies by threads.
 
 The paper's Deep-Fusion (DeepSpeed Inference, arXiv 2207.00032, section III.A) fuses what needs no communication between
-blocks; the counter is what takes this further.
+blocks; packets are what takes this further.
+
+Measured on an H200, a chain of 7B layers, one row of bfloat16 at 512 tokens, microseconds a layer: 118 with meetings at
+a counter, whose fences wait for the copies under way; 111 with packets and copies by threads.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -25,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.layer_plan import NAMES, LayerPlan, Norm, Product, divided
+from pallas_kernels.layer_plan import NAMES, PARAMETERS, LayerPlan, Norm, Product, divided
 from pallas_kernels.qkv_gemm import qkv_gemm, slots_of
 from pallas_kernels.skinny_gemm import DTYPES, QUANTIZED, Activation, InputNorm, skinny_gemm, weight_bits
 
@@ -42,8 +48,8 @@ class LayerOperands:
     """The parameters of a layer whose halves each normalise their input and add their result to it.
 
     Attributes:
-        weights: of query, key and value [G, R + 2, D, H], of the attention's output [H, G * R * D], up [F, H] or, gated,
-            [2, F, H], and down [H, F].
+        weights: of query, key and value [G, R + 2, D, H], of the attention's output [H, G * R * D], up [F, H] or,
+            gated, [2, F, H], and down [H, F].
         scales: of quantized weights, float32, as :func:`pallas_kernels.linear` has them; else None.
         biases: a weight's shape without its last axis, or None.
         norms: before the first weight and before the third.
@@ -105,8 +111,17 @@ def decoder_layers(
 
     slots = slots_of(tables, positions[:, None], caches[0][0].shape[0])[:, 0]
     lengths = jnp.maximum(positions + 1, 0)
-    y, new = layer_mosaic.run(x, tuple(layers), tuple(caches), tables, slots, lengths, rotary, plan=plan)
-    return y, list(new)
+    written: list[Cache] = []
+    most = PARAMETERS // len(plan.parameters)
+    count = -(-len(layers) // -(-len(layers) // most))  # of a launch, all of about as many
+    for start in range(0, len(layers), count):
+        some = tuple(layers[start : start + count])
+        x, new = layer_mosaic.run(
+            x, some, tuple(caches[start : start + count]), tables, slots, lengths, rotary,
+            plan=dataclasses.replace(plan, layers=len(some)),
+        )  # fmt: skip
+        written += new
+    return x, written
 
 
 def reference(

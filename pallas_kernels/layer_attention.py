@@ -1,7 +1,7 @@
 """What one thread of the kernel of decoder layers does for attention: of one token a sequence, over KV blocks.
 
-A unit is a sequence, a key head and one of the ``splits`` of its keys; a block of threads takes every ``blocks``-th. Its
-warps take ``tokens`` keys at a time. A lane loads 8 entries of a key or value, all of its loads before the first is
+A unit is a sequence, a key head and one of the ``splits`` of its keys; a block of threads takes every ``blocks``-th.
+Its warps take ``tokens`` keys at a time. A lane loads 8 entries of a key or value, all of its loads before the first is
 used; lanes that share a key add their products up. What the warps have found is put together in shared memory, what
 the splits have by the block of the first.
 """
@@ -12,12 +12,16 @@ from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
 from pallas_kernels.layer_plan import THREADS, WARPS, LayerPlan
-from pallas_kernels.layer_threads import Memory
+from pallas_kernels.layer_stream import Memory
 
 NEVER = -1e30
 """A score that is none; finite, since it is subtracted from itself."""
 
 LOG2E = 1.4426950408889634
+
+
+HEADS = 2
+"""Query heads that a warp attends with at once; more would not fit into its registers, and are further passes."""
 
 
 def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
@@ -28,21 +32,29 @@ def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> Non
     def unit(i: Any, carry: list[Any]) -> list[Any]:
         one = o.block + i * plan.blocks
         whose, split = (one // plan.splits, one % plan.splits) if plan.splits > 1 else (one, o.constant(0))
-        _put_down(o, plan, smem, _of_warp(o, plan, memory, whose, split))
+
+        def heads(number: Any, carry: list[Any]) -> list[Any]:
+            first = number * HEADS
+            own = o.fresh()
+            _put_down(own, plan, smem, first, _of_warp(own, plan, memory, whose, split, first))
+            return carry
+
+        o.loop(-(-plan.per_group // HEADS), [], heads)
         o.sync()
-        _together(o, plan, memory, smem, whose, split)
+        for part in range(-(-plan.per_group * plan.dim // THREADS)):
+            _together(o.fresh(), plan, memory, smem, whose, split, part * THREADS)
         o.sync()
         return carry
 
     o.loop(count, [], unit)
 
 
-def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) -> list[list[Any]]:
-    """What a warp finds in its keys: for each query head its lane's 8 entries, the largest score and the sum."""
+def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, first_head: Any) -> list[list[Any]]:
+    """What a warp finds in its keys: for some query heads the largest score, the sum, and its lane's 8 entries."""
     sequence, group = whose // plan.groups, whose % plan.groups
     lanes = plan.dim // 8  # that share a key
     rows = 32 // lanes
-    loads, heads = plan.tokens // rows, range(plan.per_group)
+    loads, heads = plan.tokens // rows, range(min(HEADS, plan.per_group))
     length = o.load_memory(memory("lengths") + o.wide(sequence) * 4)[0]
     # The new token is not read from the cache, where it may not be yet, but is received like the query.
     before = o.select(length < 1, 0, length - 1)
@@ -82,8 +94,10 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) ->
 
     queries = []
     for head in heads:
-        words = head_words(o.constant(head))
-        queries.append([v * (plan.scale * LOG2E) for word in words for v in o.unpack(plan.kind, word)])
+        number = first_head + head
+        if plan.per_group % HEADS and plan.per_group > HEADS:  # there may be none: its values go nowhere
+            number = o.select(number < plan.per_group, number, 0)
+        queries.append([v for word in head_words(number) for v in o.unpack(plan.kind, word)])
 
     def add(carry: list[Any], keys: list[list[Any]], values: list[list[Any]], seen: list[Any]) -> list[Any]:
         """Attend to some keys more: of each load a lane's 8 entries of a key and a value, and whether it is seen."""
@@ -94,7 +108,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) ->
                 score = key[0] * queries[head][0]
                 for a, b in zip(key[1:], queries[head][1:], strict=True):
                     score = o.fma(a, b, score)
-                scores[head].append(score)
+                scores[head].append(score * (plan.scale * LOG2E))
         weights, state = [], []
         for head in heads:
             largest, total = carry[10 * head], carry[10 * head + 1]
@@ -138,7 +152,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) ->
             seen.append(inside if plan.window is None else inside & (first < number + 1))
         return add(carry, found["keys"], found["values"], seen)
 
-    start = [o.constant(NEVER), *[o.constant(0.0)] * 9] * plan.per_group
+    start = [o.constant(NEVER), *[o.constant(0.0)] * 9] * len(heads)
     carry = list(o.loop(count, start, step))
 
     def newest() -> list[Any]:
@@ -157,12 +171,15 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) ->
     return found
 
 
-def _put_down(o: Any, plan: LayerPlan, smem: dict[str, Any], found: list[list[Any]]) -> None:
+def _put_down(o: Any, plan: LayerPlan, smem: dict[str, Any], first: Any, found: list[list[Any]]) -> None:
     """Keep what a warp has found: [warp, head, entry], and after all of them [warp, head, 2]."""
     base, lanes = o.shared(smem["staged"]), plan.dim // 8
     beside = base + WARPS * plan.per_group * plan.dim * 4
     for head, (largest, total, *values) in enumerate(found):
-        number = o.warp * plan.per_group + head
+        number = o.warp * plan.per_group + first + head
+        there = o.lane < lanes
+        if plan.per_group % HEADS and head:
+            there = there & (first + head < plan.per_group)
 
         def keep(number: Any = number, largest: Any = largest, total: Any = total, values: Any = values) -> None:
             at = base + (number * plan.dim + o.lane * 8) * 4
@@ -171,7 +188,7 @@ def _put_down(o: Any, plan: LayerPlan, smem: dict[str, Any], found: list[list[An
             o.store_shared(beside + number * 8, [largest])  # by all: it is the same
             o.store_shared(beside + number * 8 + 4, [total])
 
-        o.when(o.lane < lanes, keep)
+        o.when(there, keep)
 
 
 def _put_together(o: Any, parts: list[tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
@@ -186,11 +203,14 @@ def _put_together(o: Any, parts: list[tuple[Any, Any, Any]]) -> tuple[Any, Any, 
     return top, total, value
 
 
-def _together(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any], whose: Any, split: Any) -> None:
-    """Put what the warps have found together, and as the last of a sequence's splits, what those have."""
+def _together(
+    o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any], whose: Any, split: Any, first: int
+) -> None:
+    """Put together what the warps, and of the first split also what the others, have of 512 entries of the heads."""
     size = plan.per_group * plan.dim
-    active = o.thread < size
-    thread = o.select(active, o.thread, 0) if size < THREADS else o.thread
+    thread = o.thread + first
+    active = thread < size
+    thread = o.select(active, thread, 0) if size - first < THREADS else thread
     head = thread // plan.dim
     base = o.shared(smem["staged"])
     beside = base + WARPS * size * 4

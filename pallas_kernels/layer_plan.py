@@ -14,6 +14,21 @@ THREADS = 32 * WARPS
 CHUNK = 64
 """Bytes of a channel that a warp takes at once: 16 for each of the four lanes that share a channel."""
 
+PIECES = 2
+"""Chunks of a channel that a warp takes one after the other before it asks for more."""
+
+ROW = PIECES * CHUNK * WARPS
+"""Bytes of a channel that a block takes at once."""
+
+ROW_PITCH = ROW + 64
+"""From one row to the next in shared memory: two that are read at once are in different halves of the banks."""
+
+LAG = 1
+"""Steps after which what a block has multiplied is replaced in the ring: by then all its warps have read it."""
+
+PARAMETERS = 480
+"""Arrays that a kernel is given at most: their addresses are 8 bytes each of 4 KiB."""
+
 ENTRY = 48
 """Bytes of what shared memory says of a tile: where its weights and factors lie."""
 
@@ -22,6 +37,8 @@ MAX_SPLITS = 16
 
 NAMES = ("qkv", "out", "up", "down")
 """Of the products."""
+
+QKV, OUT, UP, DOWN = range(4)
 
 PAIRS = 8
 """Pairs of channels of a tile."""
@@ -80,8 +97,8 @@ class Product:
 
     @property
     def steps(self) -> int:
-        """Chunks of each channel that a warp takes; the last may be beyond the channel and then of zeros."""
-        return -(-self.line // (CHUNK * WARPS))
+        """Parts of each channel that a block takes; of the last, some may be beyond the channel."""
+        return -(-self.line // ROW)
 
     @property
     def tiles(self) -> int:
@@ -91,7 +108,7 @@ class Product:
     @property
     def staged(self) -> int:
         """Inputs of a row of x as it is staged, zeros at its end included."""
-        return self.steps * WARPS * self.span
+        return self.steps * WARPS * PIECES * self.span
 
     def problem(self, name: str) -> str | None:
         """Why the kernel cannot run it, or None."""
@@ -127,7 +144,7 @@ class LayerPlan:
         window: a query sees itself and the ``window - 1`` keys before it; None: all.
         blocks: of the grid; all are there at once, one on each SM.
         splits: parts of a sequence's keys.
-        stages: chunks in the ring of a warp.
+        stages: of the ring.
     """
 
     layers: int
@@ -148,7 +165,7 @@ class LayerPlan:
     window: int | None
     blocks: int = SMS
     splits: int = 1
-    stages: int = 2
+    stages: int = LAG + 1
 
     @property
     def bits(self) -> int:
@@ -200,8 +217,8 @@ class LayerPlan:
 
     @property
     def stage(self) -> int:
-        """Bytes of a stage of the ring: two channels a thread, 16 bytes of each and their groups' factors."""
-        return 2 * (16 + 4 * self.factors) * THREADS
+        """Bytes of a stage of the ring: rows of a tile's channels, and for each thread its groups' factors."""
+        return 2 * PAIRS * ROW_PITCH + PIECES * 2 * 4 * self.factors * THREADS
 
     @property
     def x_line(self) -> int:
@@ -211,8 +228,7 @@ class LayerPlan:
     @property
     def tokens(self) -> int:
         """Keys that a warp takes at once."""
-        rows = 256 // self.dim  # of one load by all lanes
-        return rows * (4 if self.per_group <= 2 else 2)  # registers hold all of them
+        return 4 * (256 // self.dim)  # four loads by all lanes
 
     @property
     def staging(self) -> int:
@@ -275,8 +291,10 @@ class LayerPlan:
     def arrays(self) -> dict[str, int]:
         """Bytes of each array in shared memory."""
         sizes = {
-            "ring": self.stages * self.stage, "staged": self.staging, "sums": self.sums, "table": self.table,
-            "pointers": self.pointers, "scratch": self.scratch, "group_sums": self.group_sums,
+            "ring": self.stages * self.stage, "barriers": 16 * self.stages, "cursors": WARPS * ENTRY,
+            "staged": self.staging,
+            "sums": self.sums, "table": self.table, "pointers": self.pointers, "scratch": self.scratch,
+            "group_sums": self.group_sums,
         }  # fmt: skip
         return {name: size for name, size in sizes.items() if size}
 
@@ -288,7 +306,7 @@ class LayerPlan:
                 return problem
         if self.dim not in (64, 128, 256):
             return f"head_dim {self.dim}"
-        if self.per_group > 4 or self.per_group * self.dim > THREADS:
+        if self.per_group > 8:
             return f"{self.per_group} query heads a key head with head_dim {self.dim}"
         if max(self.most) * PAIRS * self.m > THREADS:
             return f"{self.m} sequences with {max(product.channels for product in self.products)} channels"
@@ -303,6 +321,6 @@ def divided(plan: LayerPlan) -> LayerPlan:
     """The plan with splits and stages chosen: all SMs attend, and the ring is what shared memory has left."""
     units = plan.m * plan.groups
     splits = max(1, min(MAX_SPLITS, plan.blocks // units, plan.width * BLOCK_SIZE // (WARPS // 2 * plan.tokens)))
-    plan = dataclasses.replace(plan, splits=splits, stages=2)
-    room = SMEM_PER_SM - 1024 - (plan.shared - 2 * plan.stage)
-    return dataclasses.replace(plan, stages=max(2, min(24, room // plan.stage)))
+    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1)
+    room = SMEM_PER_SM - 2048 - (plan.shared - (LAG + 1) * plan.stage)
+    return dataclasses.replace(plan, stages=max(LAG + 1, min(24, room // plan.stage)))

@@ -1,7 +1,8 @@
 """What one thread of the kernel of decoder layers does for its products: fetch, stage x, multiply, finish.
 
 ``o`` is :class:`pallas_kernels.registers.Registers`, or what the tests have in its place; ``memory`` has the
-addresses of arrays, ``smem`` names those in shared memory. The idea is described in :mod:`pallas_kernels.decoder_layers`.
+addresses of arrays, ``smem`` names those in shared memory. The idea is described in
+:mod:`pallas_kernels.decoder_layers`.
 """
 
 from __future__ import annotations
@@ -11,337 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
-from pallas_kernels.layer_plan import CHUNK, ENTRY, NAMES, PAIRS, THREADS, WARPS, LayerPlan, Norm, Product
-from pallas_kernels.quantized_threads import ordered, run_order, widen
+from pallas_kernels.layer_plan import (
+    CHUNK,
+    DOWN,
+    NAMES,
+    OUT,
+    PAIRS,
+    PIECES,
+    QKV,
+    ROW_PITCH,
+    THREADS,
+    UP,
+    WARPS,
+    LayerPlan,
+)
+from pallas_kernels.layer_staging import stage, vectors_of_norm
+from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
+from pallas_kernels.quantized_threads import widen
 
-QKV, OUT, UP, DOWN = range(4)
-SOURCES = {QKV: "stream", OUT: "attended", UP: "middle", DOWN: "between"}
 TARGETS = {OUT: "middle", UP: "between", DOWN: "stream"}
-
-
-def tiles_of(o: Any, plan: LayerPlan, which: int) -> tuple[Any, Any]:
-    """The block's first tile of a product, and how many it has: every ``blocks``-th."""
-    start = (o.block + plan.starts[which]) % plan.blocks
-    return start, (o.constant(plan.products[which].tiles + plan.blocks - 1) - start) // plan.blocks
-
-
-def channel_of(product: Product, tile: Any) -> Any:
-    """The first channel of a tile."""
-    per = product.apart // PAIRS
-    return tile // per * (2 * product.apart) + tile % per * PAIRS
-
-
-class Memory:
-    """Addresses of arrays in memory; of those that each layer has, the ones of the layer at hand.
-
-    Attributes:
-        layer: its number.
-        epoch: of its packets; none has 0, which is what there is before.
-    """
-
-    def __init__(self, o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -> None:
-        """Of what ``ref`` names: arrays, and where the layers have each their own, lists of them."""
-        self.o, self.plan, self.ref = o, plan, ref
-        self.layer = self.epoch = o.constant(0)
-        self.table = o.shared(smem["pointers"])
-
-        def keep() -> None:
-            for layer in range(plan.layers):
-                for number, name in enumerate(plan.parameters):
-                    at = (layer * len(plan.parameters) + number) * 8
-                    o.store_shared(self.table + at, o.halves(o.memory(ref[name][layer])))
-
-        # One thread: of a branch for each warp ptxas makes a table of jumps, which ends as an illegal instruction.
-        o.when(o.thread < 1, keep)
-
-    def __call__(self, name: str) -> Any:
-        """The address of an array."""
-        if name not in self.plan.parameters:
-            return self.o.memory(self.ref[name])
-        return self.of_layer(self.layer, self.o.constant(self.plan.parameters.index(name)))
-
-    def packet(self, name: str, token: Any, number: Any) -> Any:
-        """The address of a packet of a sequence."""
-        start, count = self.plan.packets[name]
-        return self("exchange") + self.o.wide(token * count + number + start) * 8
-
-    def of_layer(self, layer: Any, number: Any) -> Any:
-        """The address of the array of a layer with a number in ``plan.parameters``."""
-        at = self.table + (layer * len(self.plan.parameters) + number) * 8
-        return self.o.address(*self.o.load_shared(at, 2))
-
-
-class Stream:
-    """What keeps the ring of a thread full: the weights of all the block's tiles, one product's after another's.
-
-    A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile; it runs ahead of what
-    is multiplied, and does not wait where the products wait for each other.
-    """
-
-    def __init__(self, o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
-        """Write the table; to be followed by a ``sync``."""
-        self.o, self.plan, self.memory = o, plan, memory
-        self.ring, self.table = o.shared(smem["ring"]), o.shared(smem["table"])
-        self.row, self.column = o.lane // 4, o.lane % 4 * 16
-        self.entries = o.constant(0)
-        for which, product in enumerate(plan.products):
-            start, count = tiles_of(o, plan, which)
-            low = channel_of(product, start + o.thread * plan.blocks)
-            words = [low * product.line, product.line, product.apart * product.line, product.steps, which]
-            if plan.factors:
-                each = product.channels // product.halves  # of a row of factors
-                apart = product.apart if product.halves == 1 else product.inputs // product.group * each
-                words += [low * 4, apart * 4, each * 4, plan.parameters.index(f"{NAMES[which]}_factors")]
-            words = [word if not isinstance(word, int) else o.constant(word) for word in words]
-            words += [o.constant(0)] * (12 - len(words))
-            at = self.table + (self.entries + o.thread) * ENTRY
-
-            def enter(at: Any = at, words: list[Any] = words) -> None:
-                for i in range(0, 12, 4):
-                    o.store_shared(at + 4 * i, words[i : i + 4])
-
-            o.when(o.thread < count, enter)
-            self.entries = self.entries + count
-
-        def nothing() -> None:  # a block without tiles: lines of no bytes, for ever
-            zero = o.constant(0)
-            o.store_shared(self.table, [zero] * 4)
-            o.store_shared(self.table + 16, [zero] * 4)
-            o.store_shared(self.table + 32, [zero] * 4)
-
-        o.when((o.thread < 1) & o.equal(self.entries, 0), nothing)
-
-    def fill(self) -> list[Any]:
-        """Start to copy as much as the ring holds; return the cursor."""
-        o, plan = self.o, self.plan
-        zero = o.constant(0)
-
-        def fetch(_: Any, carry: list[Any]) -> list[Any]:
-            return [carry[0] + plan.stage, *self(carry[0], carry[1:])]
-
-        return list(o.loop(plan.stages, [zero, *self._at(zero, zero)], fetch)[1:])
-
-    def _at(self, layer: Any, entry: Any) -> list[Any]:
-        """The cursor at the beginning of a tile."""
-        o, plan = self.o, self.plan
-        at = self.table + entry * ENTRY
-        offset, line, apart, steps = o.load_shared(at, 4)
-        which, factors, factors_apart, across = o.load_shared(at + 16, 4)
-        there = layer < plan.layers  # behind the last, lines of no bytes, for ever
-        held = o.select(there, layer, plan.layers - 1)
-        source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(self.row * line + self.column)
-        cursor = [layer, entry, o.constant(0), source, o.select(there, line, 0), apart, steps]
-        if plan.factors:
-            number = o.load_shared(at + 32)[0]
-            beside = self.memory.of_layer(held, number) + o.wide(factors + self.row * 4)
-            cursor += [beside, factors_apart, across]
-        return cursor
-
-    def __call__(self, slot: Any, cursor: list[Any]) -> list[Any]:
-        """Start to copy what the cursor stands at into the slot at an offset of the ring, and move it on."""
-        o, plan = self.o, self.plan
-        layer, entry, step, source, line, apart, steps, *rest = cursor
-        chunk = step * WARPS + o.warp
-        offset = chunk * CHUNK
-        valid = o.select(offset + self.column < line, 16, o.constant(0))
-        target = self.ring + slot + o.thread * 16
-        first = source + o.wide(offset)
-        for half in range(2):
-            o.copy_async(target + half * 16 * THREADS, first + o.wide(apart) if half else first, 16, valid)
-        if plan.factors:
-            beside, factors_apart, across = rest
-            goal = self.ring + slot + 2 * 16 * THREADS + o.thread * 4
-            for group in range(plan.factors):
-                index = chunk * plan.factors + group
-                # The bytes before the group's are there wherever the group is.
-                size = o.select(index * (CHUNK // plan.factors) < line, 4, o.constant(0))
-                first = beside + o.wide(index * across)
-                for half in range(2):
-                    there = first + o.wide(factors_apart) if half else first
-                    o.copy_async(goal + (2 * group + half) * 4 * THREADS, there, 4, size)
-        o.commit_copies()
-
-        def following() -> list[Any]:
-            last = self.entries < entry + 2
-            return self._at(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
-
-        step = step + 1
-        return list(o.branch(step < steps, lambda: [layer, entry, step, *cursor[3:]], following, cursor))
-
-
-def vectors_of_norm(o: Any, plan: LayerPlan, which: int, memory: Memory) -> list[Any]:
-    """What a thread needs of the scale and bias of the norm before a product: words of its runs."""
-    norm = plan.norms[which // 2]
-    there = [name for name, given in (("scale", norm.scaled), ("shift", norm.shifted)) if given]
-    starts = [memory(f"{NAMES[which]}_{name}") for name in there]
-    found = []
-    for run, inside in runs_of(o, plan.products[which]):
-        at = o.wide(o.select(inside, run, 0)) * 16
-        for start in starts:
-            found += o.load_memory(start + at, 4)
-    return found
-
-
-def runs_of(o: Any, product: Product) -> list[tuple[Any, Any]]:
-    """The runs of 8 inputs that a thread stages, and whether the input has them."""
-    found = []
-    for i in range(-(-product.staged // 8 // THREADS)):
-        run = o.thread + i * THREADS
-        found.append((run, run < product.inputs // 8))
-    return found
-
-
-def place_of(o: Any, plan: LayerPlan, product: Product, run: Any) -> Any:
-    """Where a run is staged: of a chunk, the thread that multiplies it, and which of its runs it is."""
-    lanes = plan.runs
-    chunk, within = run // (4 * lanes), run % (4 * lanes)
-    place = (chunk * (4 * lanes) + within % lanes * 4 + within // lanes) * 16
-    last = product.staged // 8
-    # Of the last runs some have no place: they repeat one that is of zeros, or the last.
-    return o.select(run < last, place, (last - 1) * 16) if last % THREADS else place
-
-
-def stage(o: Any, plan: LayerPlan, which: int, vectors: list[Any], memory: Memory, smem: dict[str, Any]) -> None:
-    """Put x, normalised, into shared memory in the order in which it is multiplied."""
-    product = plan.products[which]
-    norm = plan.norms[which // 2] if which in (QKV, UP) else None
-    staged, order = o.shared(smem["staged"]), run_order(plan.bits)
-    runs = runs_of(o, product)
-    words = []
-    for token in range(plan.m):
-        for run, found in zip(runs, _received(o, which, token, memory, runs), strict=True):
-            words.append([o.select(run[1], word, 0) for word in found])
-    sizes = _sizes(o, plan, norm, product.inputs, words, smem) if norm is not None else []
-    last = product.staged // 8
-    for i, (run, inside) in enumerate(runs):
-        place = place_of(o, plan, product, run)
-        beside = vectors[i * (len(vectors) // len(runs)) : (i + 1) * (len(vectors) // len(runs))]
-        for token in range(plan.m):
-            own = words[token * len(runs) + i]
-            if norm is not None:
-                own = _normed(o, plan, norm, own, sizes[token], beside, order, inside)
-            else:
-                own = ordered(o, own, order)
-            if plan.factors:
-                _sum_groups(o, plan, product, own, run, token, smem)
-            at = staged + token * plan.x_line + place
-            if last % THREADS and (i + 1) * THREADS > last:
-                o.when(run < last, lambda at=at, own=own: o.store_shared(at, own))
-            else:
-                o.store_shared(at, own)
-
-
-def _received(o: Any, which: int, token: int, memory: Memory, runs: list[tuple[Any, Any]]) -> list[list[Any]]:
-    """Four words of each run of a sequence: what a product's blocks have sent, or of the first layer's input."""
-    inputs = memory.plan.products[which].inputs
-    at = [o.select(inside, run, 0) for run, inside in runs]
-
-    def received() -> list[Any]:
-        found = []
-        for i in range(0, len(at), 4):  # registers for as many at once
-            both = [
-                memory.packet(SOURCES[which], o.constant(token), run * 4 + j) for run in at[i : i + 4] for j in (0, 2)
-            ]
-            found += o.receive(both, memory.epoch if which else memory.layer, pairs=True)
-        return found
-
-    def given() -> list[Any]:
-        x = memory("x")
-        return [word for run in at for word in o.load_memory(x + o.wide(run * 16 + token * inputs * 2), 4)]
-
-    if which == QKV:
-        found = o.branch(memory.layer < 1, given, received, [o.constant(0)] * (4 * len(at)))
-    else:
-        found = received()
-    return [found[i : i + 4] for i in range(0, len(found), 4)]
-
-
-def _sum_groups(
-    o: Any, plan: LayerPlan, product: Product, pairs: list[Any], run: Any, token: int, smem: dict[str, Any]
-) -> None:
-    """Keep the sum of x over each group of inputs: weights are multiplied with :func:`offset_of` added to each."""
-    values = [value for pair in pairs for value in o.unpack(plan.kind, pair)]
-    while len(values) > 1:
-        values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
-    (total,) = values
-    lanes = product.group // 8
-    apart = 1
-    while apart < lanes:
-        total = total + o.across(total, apart)
-        apart *= 2
-    held = product.staged // product.group
-    at = o.shared(smem["group_sums"]) + (run // lanes + token * held) * 4
-    o.when(o.equal(run % lanes, 0) & (run < product.staged // 8), lambda: o.store_shared(at, [total]))
-
-
-def offset_of(plan: LayerPlan) -> float:
-    """What is added to entries of 4 bits while they are widened, and taken from the sum: less work than from each."""
-    return 1032.0 if plan.kind == "f16" else 136.0
-
-
-def _sizes(
-    o: Any, plan: LayerPlan, norm: Norm, inputs: int, words: list[list[Any]], smem: dict[str, Any]
-) -> list[tuple[Any, Any]]:
-    """Mean (None where it is not subtracted) and one over the size of each token, from what all threads have of it."""
-    scratch, each = o.shared(smem["scratch"]), len(words) // plan.m
-    totals = []
-    for token in range(plan.m):
-        total, square = o.constant(0.0), o.constant(0.0)
-        for run in words[token * each : (token + 1) * each]:
-            for word in run:
-                for value in o.unpack(plan.kind, word):
-                    total, square = total + value, o.fma(value, value, square)
-        totals += [total, square]
-    for lanes in (16, 8, 4, 2, 1):
-        totals = [total + o.across(total, lanes) for total in totals]
-    for i, total in enumerate(totals):  # by all lanes: it is the same
-        o.store_shared(scratch + i * WARPS * 4 + o.warp * 4, [total])
-    o.sync()
-    found = []
-    for token in range(plan.m):
-        both = []
-        for i in range(2):
-            parts = [
-                o.float_of(part)
-                for j in range(0, WARPS, 4)
-                for part in o.load_shared(scratch + ((2 * token + i) * WARPS + j) * 4, 4)
-            ]
-            while len(parts) > 1:
-                parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-            both.append(parts[0] * (1.0 / inputs))
-        mean, square = both
-        if norm.kind == "layer":
-            square = o.maximum(square - mean * mean, 0.0)
-        found.append((mean if norm.kind == "layer" else None, o.rsqrt(square + norm.eps)))
-    return found
-
-
-def _normed(
-    o: Any,
-    plan: LayerPlan,
-    norm: Norm,
-    words: list[Any],
-    size: tuple[Any, Any],
-    beside: list[Any],
-    order: list[int],
-    inside: Any,
-) -> list[Any]:
-    """Eight inputs, normalised."""
-    mean, factor = size
-    wide = [value for word in words for value in o.unpack(plan.kind, word)]
-    if mean is not None:
-        wide = [value - mean for value in wide]
-    wide = [value * factor for value in wide]
-    if norm.scaled:
-        scale = [value for word in beside[:4] for value in o.unpack(plan.kind, word)]
-        offset = 1.0 if norm.unit_offset else 0.0
-        wide = [v * (s + offset if offset else s) for v, s in zip(wide, scale, strict=True)]
-    if norm.shifted:
-        shift = [value for word in beside[-4:] for value in o.unpack(plan.kind, word)]
-        wide = [v + s for v, s in zip(wide, shift, strict=True)]
-    wide = [wide[i] for i in order]
-    pairs = [o.pack(plan.kind, *wide[i : i + 2]) for i in range(0, 8, 2)]
-    return [o.select(inside, pair, 0) for pair in pairs]
 
 
 def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str, Any], carry: list[Any]) -> list[Any]:
@@ -349,7 +38,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the slot of the ring that is multiplied next, and the cursor; so is what is returned.
+        carry: the stage of the ring that is multiplied next, and its parity; so is what is returned.
     """
     product, (_, count) = plan.products[which], tiles_of(o, plan, which)
     row, column = o.lane // 4, o.lane % 4
@@ -366,8 +55,8 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
             totals = o.mma(plan.kind, a, pairs[i], totals)
         return totals
 
-    def x_sum(index: Any, j: int) -> Any:
-        """The sum of x over a group, of the token of the thread's column ``j``."""
+    def undone(index: Any, j: int) -> Any:
+        """What undoes the offset of a group's weights, of the token of the thread's column ``j``."""
         at = o.shared(smem["group_sums"]) + index * 4
         if plan.m > 1:
             own = column * 2 + j
@@ -375,13 +64,23 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
         return o.float_of(o.load_shared(at)[0])
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        slot, cursor, totals = carry[0], carry[1:-4], carry[-4:]
-        o.wait_copies(plan.stages - 1)
-        own = stream.ring + slot + o.thread * 16
-        words = [o.load_shared(own + half * 16 * THREADS, 4) for half in range(2)]
-        chunk = token + (i * WARPS + o.warp) * (product.span * 2)
+        slot, parity, totals = carry[0], carry[1], carry[2:]
+        stream.await_full(slot, parity)
+        for piece in range(PIECES):
+            totals = multiply_piece(i, slot, piece, totals)
+        stream.release(slot, parity)
+        last = o.equal(slot, plan.stages - 1)
+        return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *totals]
+
+    def multiply_piece(i: Any, slot: Any, piece: int, totals: list[Any]) -> list[Any]:
+        base = stream.ring + slot * plan.stage
+        own = base + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + (piece * CHUNK + column * 16)
+        words = [o.load_shared(own + half * PAIRS * ROW_PITCH, 4) for half in range(2)]
+        number = (i * WARPS + o.warp) * PIECES + piece
+        chunk = token + number * (product.span * 2)
         runs = [o.load_shared(chunk + run * 64, 4) for run in range(plan.runs)]
         pairs = [run[j : j + 2] for run in runs for j in (0, 2)]
+        totals = list(totals)
         if not plan.factors:
             totals = products(totals, words, pairs)
         for group in range(plan.factors):
@@ -391,16 +90,13 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
                 own_group = (column < 2) if group == 0 else (column - 2 < 2)
                 kept = [[o.select(own_group, word, 0) for word in pair] for pair in pairs]
             found = products([zero] * 4, words, kept)
-            beside = stream.ring + slot + 2 * 16 * THREADS + o.thread * 4
-            factors = [o.float_of(o.load_shared(beside + (2 * group + half) * 4 * THREADS)[0]) for half in range(2)]
+            beside = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
+            at = 2 * (piece * plan.factors + group)
+            factors = [o.float_of(o.load_shared(beside + (at + half) * 4 * THREADS)[0]) for half in range(2)]
             for j in range(4):
-                index = (i * WARPS + o.warp) * plan.factors + group
-                found[j] = o.fma(x_sum(index, j % 2), o.constant(-offset_of(plan)), found[j])
-                totals[j] = o.fma(found[j], factors[j // 2], totals[j])
-        cursor = stream(slot, cursor)
-        following = slot + plan.stage
-        following = o.select(following < plan.stages * plan.stage, following, 0)
-        return [following, *cursor, *totals]
+                whole = found[j] + undone(number * plan.factors + group, j % 2)
+                totals[j] = o.fma(whole, factors[j // 2], totals[j])
+        return totals
 
     base = o.shared(smem["sums"]) + o.warp * (plan.m * 2 * PAIRS * 4) + row * 4
 
@@ -602,7 +298,7 @@ def load_row(o: Any, plan: LayerPlan, which: int, result: Result, memory: Memory
 
 
 def run(
-    o: Any,
+    thread: Any,
     plan: LayerPlan,
     ref: dict[str, Any],
     smem: dict[str, Any],
@@ -613,20 +309,22 @@ def run(
     What a thread needs of parameters is loaded before it waits for what others send, and the ring is full by then. A
     buffer of packets is written again when all who read it before have sent something that depended on it.
     """
+    o = thread
     memory = Memory(o, plan, ref, smem)
     stream = Stream(o, plan, memory, smem)
     o.sync()
-    start = [o.constant(0), *stream.fill()]
+    stream.fill()
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:
         memory.layer, memory.epoch = number, number + 1
         for which in (QKV, OUT, UP, DOWN):
+            o = thread.fresh()
             beside = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []
             result = Result.of(o, plan, which)
             factors, biases = vectors_of_result(o, plan, which, result, memory)
             angles = load_angles(o, plan, result, memory) if which == QKV and plan.rotary else None
 
-            def staged(which: int = which, beside: list[Any] = beside) -> None:
+            def staged(o: Any = o, which: int = which, beside: list[Any] = beside) -> None:
                 stage(o, plan, which, beside, memory, smem)
 
             _, count = tiles_of(o, plan, which)
@@ -639,13 +337,16 @@ def run(
             o.sync()
             carry = multiply(o, plan, which, stream, smem, carry)
             o.sync()
+            o = thread.fresh()
+            result = Result.of(o, plan, which)
             values = affine(result.sums(o, plan, smem), factors, biases)
             if which == QKV:
                 finish_qkv(o, plan, result, values, angles, memory)
-                attend(o, plan, memory, smem)
+                attend(thread.fresh(), plan, memory, smem)
             else:
                 finish_row(o, plan, which, result, values, added, memory)
         return carry
 
-    o.loop(plan.layers, start, layer)
-    o.wait_copies(0)
+    o.loop(plan.layers, [o.constant(0), o.constant(0)], layer)
+    if plan.factors:
+        o.wait_copies(0)

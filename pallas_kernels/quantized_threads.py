@@ -221,7 +221,7 @@ def stage_x(
 
 
 def ordered(o: Any, words: list[Any], order: list[int]) -> list[Any]:
-    """Eight inputs in four registers, put into an order whose pairs are both of even or both of odd place, or are kept."""
+    """Eight inputs in four registers, in an order whose pairs are both of even or both of odd place, or as they are."""
     if order == sorted(order):
         return words
     pairs = []

@@ -9,6 +9,7 @@ the tests have them in numpy.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ class Registers:
 
     def __init__(self, threads: int = WARPGROUP) -> None:
         """Of a block of so many threads, or of a warpgroup of its own."""
-        self.threads = threads
+        self.threads, self.known = threads, True
         self.thread = Reg(utils.thread_idx()) % threads
         self.lane = self.thread % 32
         self.warp = Reg(utils.warp_idx()) % (threads // 32)
@@ -127,7 +128,18 @@ class Registers:
     @property
     def block(self) -> Reg:
         """The number of the block in a grid of one axis."""
-        return _asm("mov.u32 $0, %ctaid.x;", results=["i32"], effects=False)[0]
+        return _asm("mov.u32 $0, %ctaid.x;", results=["i32"], effects=not self.known)[0]
+
+    def fresh(self) -> Registers:
+        """The same thread, for a part of a loop's body of which nothing should be computed before the loop.
+
+        What depends on the thread alone is the same every time, so that the compiler would keep it all in registers.
+        """
+        found = copy.copy(self)
+        found.known = False
+        found.thread = _asm("mov.u32 $0, %tid.x;", results=["i32"])[0] % self.threads
+        found.lane, found.warp = found.thread % 32, found.thread // 32
+        return found
 
     def constant(self, value: int | float) -> Reg:
         """A constant: i32 of an ``int``, f32 of a ``float``."""
@@ -284,6 +296,44 @@ class Registers:
     def wait_copies(self, groups: int) -> None:
         """Wait until at most so many groups of this thread's copies are under way."""
         _asm(f"cp.async.wait_group {groups};")
+
+    def copy_rows(self, target: Reg, source: Reg, size: Reg, barrier: Reg) -> None:
+        """Warp: start to copy ``size`` bytes, a multiple of 16, from global to shared memory by the copy engine.
+
+        All lanes name the same. The warp arrives at the barrier, which then waits for the bytes as well. They are
+        marked as the first that the L2 cache may forget.
+        """
+        _asm(
+            "{ .reg .pred one, some; elect.sync _|one, 0xffffffff; setp.ne.and.u32 some, $2, 0, one; "
+            "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2; "
+            "@some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[$0], [$1], $2, [$3], $4; }",
+            target, source, size, barrier, Reg(_constant(0x12F0000000000000, _type("i64"))), convergent=True,
+        )  # fmt: skip
+
+    def init_barriers(self, address: Reg, number: int, arrivals: int) -> None:
+        """Make barriers of 8 bytes each in shared memory; by one thread, before all others meet."""
+        for i in range(number):
+            _asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", address + 8 * i)
+
+    def publish_to_copies(self) -> None:
+        """Let the copy engine see what this thread has written to shared memory, its barriers included."""
+        _asm("fence.proxy.async.shared::cta;")
+        _asm("fence.mbarrier_init.release.cluster;")
+
+    def arrive(self, barrier: Reg) -> None:
+        """Warp: arrive once."""
+        _asm(
+            "{ .reg .pred one; elect.sync _|one, 0xffffffff; @one mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+            barrier, convergent=True,
+        )  # fmt: skip
+
+    def await_barrier(self, barrier: Reg, parity: Reg) -> None:
+        """Wait until the barrier's phase of a parity has ended."""
+        _asm(
+            "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra AGAIN; }",
+            barrier, parity,
+        )  # fmt: skip
 
     def load_shared(self, address: Reg, count: int = 1) -> list[Reg]:
         """Load i32."""

@@ -27,6 +27,7 @@ class Emulated:
         self.used = 0
         self.gmem = np.zeros(0, np.uint8)
         self.open, self.groups = [], []
+        self.barriers, self.rows = {}, []
 
     def place(self, array):
         """Put an array into global memory; its address stands for the reference."""
@@ -59,6 +60,9 @@ class Emulated:
     def select(self, condition, yes, no):
         kind = yes.dtype if isinstance(yes, np.ndarray) else no.dtype if isinstance(no, np.ndarray) else np.uint32
         return np.where(condition, yes, no).astype(kind)
+
+    def fresh(self):
+        return self
 
     def equal(self, a, b):
         return a == np.asarray(b, a.dtype)
@@ -188,6 +192,42 @@ class Emulated:
                     self.smem[np.where(now, self.row, 0)[now], (target + np.uint32(i))[now]] = value[now]
             self.groups[number] = copies, left & ~now
         self.groups = [group for group in self.groups if group[1].any()]
+
+    def init_barriers(self, address, number, arrivals):
+        for block, thread in np.argwhere(self.active):
+            for i in range(number):
+                self.barriers[block, int(address[block, thread]) + 8 * i] = [arrivals, arrivals, 0]
+
+    def publish_to_copies(self):
+        pass
+
+    def copy_rows(self, target, source, size, barrier):
+        for value in (target, source, size, barrier):
+            assert (value.reshape(self.blocks, -1, 32) == value.reshape(self.blocks, -1, 32)[..., :1]).all()
+        for block, thread in np.argwhere(self.active & (self.lane == 0)):
+            one = [int(value[block, thread]) for value in (target, source, size, barrier)]
+            assert not any(value % 16 for value in one[:3])
+            self.rows.append((block, *one))
+        self.arrive(barrier)
+
+    def arrive(self, barrier):
+        for block, thread in np.argwhere(self.active & (self.lane == 0)):
+            state = self.barriers[block, int(barrier[block, thread])]
+            state[1] -= 1
+            if state[1] == 0:
+                state[1:] = state[0], state[2] + 1
+
+    def await_barrier(self, barrier, parity):
+        """The rows that a barrier waits for come now, and no earlier."""
+        waited = {(block, int(barrier[block, thread])) for block, thread in np.argwhere(self.active)}
+        for block, thread in np.argwhere(self.active & (self.lane == 0)):
+            phase = self.barriers[block, int(barrier[block, thread])][2]
+            assert phase % 2 != parity[block, thread]
+        for block, target, source, size, at in self.rows:
+            if (block, at) in waited:
+                assert source + size <= self.gmem.size
+                self.smem[block, target : target + size] = self.gmem[source : source + size]
+        self.rows = [row for row in self.rows if (row[0], row[-1]) not in waited]
 
     def load_shared(self, address, count=1):
         address = np.where(self.active, address, 0).astype(np.uint32)

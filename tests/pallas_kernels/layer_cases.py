@@ -43,6 +43,7 @@ SMALL = {
     "int4, groups of 128": Case(weight="int4", wide=384),
     "int4, groups of 64": Case(weight="int4", hidden=192, wide=448, groups=1, per_group=3, lengths=(65, 5)),
     "float16": Case(dtype="float16", dim=128, per_group=2, biased=True),
+    "seven query heads a key": Case(per_group=7, groups=1, dim=128, hidden=128, wide=128, lengths=(90,)),
     "heads of 256": Case(dim=256, groups=1, per_group=2, lengths=(130,)),
 }
 LLAMA = Case(hidden=4096, groups=32, dim=128, wide=11008, lengths=(512,), width=16)
@@ -53,6 +54,7 @@ LARGE = {
     "llama fp8": dataclasses.replace(LLAMA, weight="fp8"),
     "llama of four": dataclasses.replace(LLAMA, lengths=(512, 3, 100, 511)),
     "llama grouped": dataclasses.replace(LLAMA, groups=8, per_group=4, wide=14336),
+    "qwen2": dataclasses.replace(LLAMA, hidden=3584, groups=4, per_group=7, wide=18944, norm="rms"),
     "opt": dataclasses.replace(
         LLAMA, wide=16384, gated=False, norm="layer", biased=True, activation="relu", rotary=False
     ),

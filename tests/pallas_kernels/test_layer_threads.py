@@ -60,7 +60,7 @@ def emulate(plan, arguments, rotary):
 def plan_for(arguments, rotary, case, splits, blocks=BLOCKS):
     plan = plan_of(*arguments[:4], rotary=rotary, **static(case))
     blocks = max(blocks, plan.m * plan.groups * splits if splits > 1 else 1)
-    return dataclasses.replace(divided(dataclasses.replace(plan, blocks=blocks)), stages=5, splits=splits)
+    return dataclasses.replace(divided(dataclasses.replace(plan, blocks=blocks)), stages=3, splits=splits)
 
 
 @pytest.mark.parametrize("name", SMALL)

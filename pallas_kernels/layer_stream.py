@@ -1,0 +1,218 @@
+"""How one thread of the kernel of decoder layers gets its weights: addresses, the ring, and what is copied into it.
+
+``o`` is :class:`pallas_kernels.registers.Registers`, or what the tests have in its place. The idea is described in
+:mod:`pallas_kernels.decoder_layers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels.layer_plan import (
+    CHUNK,
+    ENTRY,
+    LAG,
+    NAMES,
+    PAIRS,
+    PIECES,
+    ROW,
+    ROW_PITCH,
+    THREADS,
+    WARPS,
+    LayerPlan,
+    Product,
+)
+
+
+def tiles_of(o: Any, plan: LayerPlan, which: int) -> tuple[Any, Any]:
+    """The block's first tile of a product, and how many it has: every ``blocks``-th."""
+    start = (o.block + plan.starts[which]) % plan.blocks
+    return start, (o.constant(plan.products[which].tiles + plan.blocks - 1) - start) // plan.blocks
+
+
+def channel_of(product: Product, tile: Any) -> Any:
+    """The first channel of a tile."""
+    per = product.apart // PAIRS
+    return tile // per * (2 * product.apart) + tile % per * PAIRS
+
+
+class Memory:
+    """Addresses of arrays in memory; of those that each layer has, the ones of the layer at hand.
+
+    Attributes:
+        layer: its number.
+        epoch: of its packets; none has 0, which is what there is before.
+    """
+
+    def __init__(self, o: Any, plan: LayerPlan, ref: dict[str, Any], smem: dict[str, Any]) -> None:
+        """Of what ``ref`` names: arrays, and where the layers have each their own, lists of them."""
+        self.o, self.plan, self.ref = o, plan, ref
+        self.layer = self.epoch = o.constant(0)
+        self.table = o.shared(smem["pointers"])
+
+        def keep() -> None:
+            for layer in range(plan.layers):
+                for number, name in enumerate(plan.parameters):
+                    at = (layer * len(plan.parameters) + number) * 8
+                    o.store_shared(self.table + at, o.halves(o.memory(ref[name][layer])))
+
+        # One thread: of a branch for each warp ptxas makes a table of jumps, which ends as an illegal instruction.
+        o.when(o.thread < 1, keep)
+
+    def __call__(self, name: str) -> Any:
+        """The address of an array."""
+        if name not in self.plan.parameters:
+            return self.o.memory(self.ref[name])
+        return self.of_layer(self.layer, self.o.constant(self.plan.parameters.index(name)))
+
+    def packet(self, name: str, token: Any, number: Any) -> Any:
+        """The address of a packet of a sequence."""
+        start, count = self.plan.packets[name]
+        return self("exchange") + self.o.wide(token * count + number + start) * 8
+
+    def of_layer(self, layer: Any, number: Any) -> Any:
+        """The address of the array of a layer with a number in ``plan.parameters``."""
+        at = self.table + (layer * len(self.plan.parameters) + number) * 8
+        return self.o.address(*self.o.load_shared(at, 2))
+
+
+class Stream:
+    """What keeps the ring of a block full: the weights of all its tiles, one product's after another's.
+
+    A stage holds a part of a tile's 16 channels, a row each, and a warp has it copied by the copy engine: so loads of
+    what other blocks hand on do not queue behind weights, as they do behind copies by threads. Factors of groups, few
+    bytes in short pieces, are copied by the threads that use them. A stage is full when its 16 rows have come, and
+    empty when 16 warps have read it.
+
+    A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
+    for its row, in shared memory, since registers are few. It runs ahead of what is multiplied, and does not wait where
+    the products wait for each other.
+    """
+
+    def __init__(self, o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
+        """Write the table and make the ring; to be followed by a ``sync``."""
+        self.o, self.plan, self.memory = o, plan, memory
+        self.ring, self.table = o.shared(smem["ring"]), o.shared(smem["table"])
+        self.full = o.shared(smem["barriers"])
+        self.empty = self.full + 8 * plan.stages
+        self.cursor = o.shared(smem["cursors"]) + o.warp * ENTRY
+        self.entries = o.constant(0)
+        for which, product in enumerate(plan.products):
+            start, count = tiles_of(o, plan, which)
+            low = channel_of(product, start + o.thread * plan.blocks)
+            words = [low * product.line, product.line, product.apart * product.line, product.steps, which]
+            if plan.factors:
+                each = product.channels // product.halves  # of a row of factors
+                apart = product.apart if product.halves == 1 else product.inputs // product.group * each
+                words += [low * 4, apart * 4, each * 4, plan.parameters.index(f"{NAMES[which]}_factors")]
+            words = [word if not isinstance(word, int) else o.constant(word) for word in words]
+            words += [o.constant(0)] * (12 - len(words))
+            at = self.table + (self.entries + o.thread) * ENTRY
+
+            def enter(at: Any = at, words: list[Any] = words) -> None:
+                for i in range(0, 12, 4):
+                    o.store_shared(at + 4 * i, words[i : i + 4])
+
+            o.when(o.thread < count, enter)
+            self.entries = self.entries + count
+
+        def begin() -> None:
+            zero = o.constant(0)
+            o.init_barriers(self.full, 2 * plan.stages, WARPS)
+            # A block without tiles finds lines of no bytes.
+            o.when(o.equal(self.entries, 0), lambda: [o.store_shared(self.table + i, [zero] * 4) for i in (0, 16, 32)])
+
+        o.when(o.thread < 1, begin)
+
+        def clear(i: Any, carry: list[Any]) -> list[Any]:
+            # What lies behind a line is multiplied with zeros, and must not be NaN.
+            o.store_shared(self.ring + (o.thread + i * THREADS) * 16, [o.constant(0)] * 4)
+            return carry
+
+        whole, rest = divmod(plan.stages * plan.stage // 16, THREADS)
+        o.loop(whole, [], clear)
+        if rest:
+            o.when(o.thread < rest, lambda: [clear(o.constant(whole), []), None][1])
+        o.publish_to_copies()
+
+    def fill(self) -> None:
+        """Start to copy as much as the ring holds before anything is multiplied."""
+        zero = self.o.constant(0)
+        self._go_to(zero, zero)
+
+        def fetch(slot: Any, carry: list[Any]) -> list[Any]:
+            self(slot)
+            return carry
+
+        self.o.loop(self.plan.stages - LAG, [], fetch)
+
+    def _go_to(self, layer: Any, entry: Any) -> None:
+        """Put the cursor at the beginning of a tile."""
+        o, plan = self.o, self.plan
+        at = self.table + entry * ENTRY
+        offset, line, apart, steps = o.load_shared(at, 4)
+        which, factors, factors_apart, across = o.load_shared(at + 16, 4)
+        there = layer < plan.layers  # behind the last, lines of no bytes, for ever
+        held = o.select(there, layer, plan.layers - 1)
+        row = o.warp % PAIRS * line + o.select(o.warp < PAIRS, 0, apart)
+        source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(row)
+        # By all lanes: it is the same.
+        o.store_shared(self.cursor, [layer, entry, o.constant(0), steps])
+        o.store_shared(self.cursor + 16, [*o.halves(source), o.select(there, line, 0), across])
+        if plan.factors:
+            number = o.load_shared(at + 32)[0]
+            beside = self.memory.of_layer(held, number) + o.wide(factors)
+            o.store_shared(self.cursor + 32, [*o.halves(beside), factors_apart, across])
+
+    def __call__(self, slot: Any) -> None:
+        """Start to copy what the cursor stands at into a stage that is empty, and move it on."""
+        o, plan = self.o, self.plan
+        layer, entry, step, steps = o.load_shared(self.cursor, 4)
+        low, high, left, across = o.load_shared(self.cursor + 16, 4)
+        source = o.address(low, high)
+        base = self.ring + slot * plan.stage
+        size = o.select(left < ROW, left, ROW)
+        o.copy_rows(base + o.warp * ROW_PITCH, source, size, self.full + slot * 8)
+        if plan.factors:
+            low, high, factors_apart, _ = o.load_shared(self.cursor + 32, 4)
+            beside = o.address(low, high) + o.wide(o.lane // 4 * 4)
+            goal = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
+            each = PIECES * plan.factors
+            for group in range(each):
+                # The bytes before the group's are there wherever the group is.
+                inside = o.warp * (PIECES * CHUNK) + group * (CHUNK // plan.factors) < left
+                index = (step * WARPS + o.warp) * each + group
+                first = beside + o.wide(index * across)
+                for half in range(2):
+                    there = first + o.wide(factors_apart) if half else first
+                    o.copy_async(goal + (2 * group + half) * 4 * THREADS, there, 4, o.select(inside, 4, o.constant(0)))
+            o.commit_copies()
+
+        def following() -> list[Any]:
+            last = self.entries < entry + 2
+            self._go_to(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
+            return []
+
+        def onward() -> list[Any]:
+            o.store_shared(self.cursor, [layer, entry, step + 1, steps])
+            more = [*o.halves(source + ROW), o.select(left < ROW, 0, left - ROW), across]
+            o.store_shared(self.cursor + 16, more)
+            return []
+
+        o.branch(step + 1 < steps, onward, following, [])
+
+    def await_full(self, slot: Any, parity: Any) -> None:
+        """Wait until a stage has come."""
+        self.o.await_barrier(self.full + slot * 8, parity)
+        if self.plan.factors:
+            self.o.wait_copies(self.plan.stages - LAG - 1)
+
+    def release(self, slot: Any, parity: Any) -> None:
+        """Say that the warp has read a stage, and refill the one that was read ``LAG`` steps before."""
+        o, plan = self.o, self.plan
+        o.arrive(self.empty + slot * 8)
+        around = slot < LAG
+        old = o.select(around, slot + (plan.stages - LAG), slot - LAG)
+        # At first the ring's last stages are empty without having been read: the phase before the first has ended.
+        o.await_barrier(self.empty + old * 8, o.select(around, parity ^ 1, parity))
+        self(old)
