@@ -73,7 +73,8 @@ def _whole(
         blocks = shape(1, layout.kv_groups, BLOCK_SIZE, spec.head_dim, of=kv_dtype)
         angles = shape(rows, spec.head_dim // 2, of="float32")
         return layers_problem(
-            shape(rows, spec.hidden), [layer], [(blocks, blocks)], shape(rows, 1, of="int32"),
+            shape(rows, spec.hidden), [layer] * spec.num_layers, [(blocks, blocks)] * spec.num_layers,
+            shape(rows, 1, of="int32"),
             rotary=None if first.rotary is None else (angles, angles), scale=first.scale, window=first.window,
         )  # fmt: skip
 

@@ -60,7 +60,7 @@ def test_whole_layers_are_described(quantize):
         ({"head_dim": 32}, "head_dim 32"),
         ({"head_dim": 512}, "head_dim 512"),
         ({"hidden": 260}, "260 inputs"),
-        ({"kv_heads": 1}, "8 query heads a key head"),
+        ({"heads": 16, "kv_heads": 1}, "16 query heads a key head"),
     ],
     ids=str,
 )
