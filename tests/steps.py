@@ -63,6 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh", "rotary": False},
         {"max_batch": 1, "dtype": "float16"}, 512,
     ),
+    "whole, 64 layers": ({"norm": "rms", "gated_mlp": True, "count": 64}, {"max_batch": 1}, 512),
     "whole, 7B": (_7B, {"max_batch": 1}, 512),
     "whole, 7B, int4 weights": (_7B, {"max_batch": 1, "quantize": "int4"}, 512),
     "one row, gemma": (
@@ -123,7 +124,7 @@ def build(name: str) -> Any:
         changes["alibi"] = Alibi(slopes=alibi_slopes(8))
     fields = {
         "family": name, "vocab_size": 512, "hidden": 256, "intermediate": 768, "heads": 8, "kv_heads": 2,
-        "head_dim": 64, "context_length": longest, "layers": (layer,) * 2,
+        "head_dim": 64, "context_length": longest, "layers": (layer,) * changes.pop("count", 2),
         "norm": Norm(kind=kind, eps=1e-5, bias=kind == "layer"),
     }  # fmt: skip
     spec = ModelSpec(**fields | changes)
