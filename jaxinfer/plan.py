@@ -222,7 +222,7 @@ class Plan:
     def implementations(self) -> tuple[Choice[str], ...]:
         """Which implementation serves which operation on the plan's hardware, and why."""
         weights = {path: info.dtype for path, info in self.parameters.items()}
-        shapes = shapes_of(self.spec, self.layout, self.dtype, self.cache_dtype, weights)
+        shapes = shapes_of(self.spec, self.layout, self.dtype, self.cache_dtype, weights, paged=self.tiers is not None)
         return choices(self.hardware.device, shapes)
 
     def step_bytes(self, batch: int = 1, context: int = 0) -> float:

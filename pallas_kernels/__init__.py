@@ -20,6 +20,8 @@ from pallas_kernels.decoder_layers import LayerOperands as LayerOperands
 from pallas_kernels.decoder_layers import decoder_layers as decoder_layers
 from pallas_kernels.einsum import einsum_f32 as einsum_f32
 from pallas_kernels.gated_gemm import gated_gemm as gated_gemm
+from pallas_kernels.layers_choice import MAX_LAYER_ROWS as MAX_LAYER_ROWS
+from pallas_kernels.layers_choice import layers_choice as layers_choice
 from pallas_kernels.linear import linear as linear
 from pallas_kernels.qkv_gemm import qkv_gemm as qkv_gemm
 from pallas_kernels.rotary_cache import rotary_cache as rotary_cache

@@ -22,6 +22,7 @@ from pallas_kernels.choices import (
     qkv_choice,
     rotary_cache_choice,
 )
+from pallas_kernels.layers_choice import MAX_LAYER_ROWS, layers_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Shapes:
         head_norms: whether queries and keys are normalised before they are rotated.
         pairs: rotated pairs of a head; None where nothing is rotated.
         interleaved: whether these pairs are neighbours.
+        whole: for 1, 2, ... rows of decode why the kernel of whole layers cannot run them, or None; the last holds for
+            more.
     """
 
     dtype: str
@@ -56,6 +59,7 @@ class Shapes:
     head_norms: bool = False
     pairs: int | None = None
     interleaved: bool = False
+    whole: Sequence[str | None] = ("layers that are not described",)
 
 
 def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choice[str], ...]:
@@ -66,7 +70,7 @@ def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choi
         model: the model at hand; None lists what holds for models in bfloat16 with heads of 128.
     """
     on = on or device()
-    shapes = model or Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, pairs=64)
+    shapes = model or Shapes(dtype="bfloat16", heads_per_key=1, head_dim=128, pairs=64, whole=(None,))
 
     def attention(query_tokens: int, heads_per_key: int) -> Choice[str]:
         return attention_choice(
@@ -96,6 +100,7 @@ def choices(on: Device | None = None, model: Shapes | None = None) -> tuple[Choi
         *_products(on, shapes),
         _norms(on, shapes),
         _qkv(on, shapes),
+        *_whole(on, shapes),
         *(Choice(op=op, implementation="jnp", compiler="XLA", reason=reason) for op, reason in rest),
     )
 
@@ -107,6 +112,16 @@ def _qkv(on: Device, shapes: Shapes) -> Choice[str]:
         on, rows=1, inputs=product[1], head_dim=shapes.head_dim, dtype=shapes.dtype, weight_dtype=product[3],
         kv_dtype=shapes.kv_dtype or shapes.dtype, rotary=shapes.rotary, head_norms=shapes.head_norms,
     )  # fmt: skip
+
+
+def _whole(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:
+    """All layers of a decode step, apart where it depends on the rows."""
+    found: dict[Choice[str], list[str]] = {}
+    for rows in range(1, MAX_LAYER_ROWS + 1):
+        choice: Choice[str] = layers_choice(on, rows=rows, problem=shapes.whole[min(rows, len(shapes.whole)) - 1])
+        found.setdefault(choice, []).append(str(rows))
+    for choice, rows_of in found.items():
+        yield choice if len(found) == 1 else dataclasses.replace(choice, op=f"{choice.op} ({', '.join(rows_of)})")
 
 
 def _products(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:

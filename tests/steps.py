@@ -19,6 +19,10 @@ from typing import Any
 from tests import aot
 
 MARK = "compiled step:"
+_7B = {
+    "norm": "rms", "gated_mlp": True, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32,
+    "head_dim": 128,
+}  # fmt: skip
 # changes of the spec, options of the plan, tokens of context
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "llama": ({"norm": "rms", "gated_mlp": True}, {}, 512),
@@ -51,17 +55,34 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "llama, int4 weights, fp8 cache": (
         {"norm": "rms", "gated_mlp": True}, {"quantize": "int4", "kv_dtype": "fp8"}, 512,
     ),
+    "whole, llama": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1}, 512),
+    "whole, llama, two rows, int4 weights": (
+        {"norm": "rms", "gated_mlp": True}, {"max_batch": 2, "quantize": "int4"}, 512,
+    ),
+    "whole, gpt2": (
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh", "rotary": False},
+        {"max_batch": 1, "dtype": "float16"}, 512,
+    ),
+    "whole, 64 layers": ({"norm": "rms", "gated_mlp": True, "count": 64}, {"max_batch": 1}, 512),
+    "whole, 7B": (_7B, {"max_batch": 1}, 512),
+    "whole, 7B, int4 weights": (_7B, {"max_batch": 1, "quantize": "int4"}, 512),
+    "one row, gemma": (
+        {"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {"max_batch": 1},
+        512,
+    ),
+    "one row, int8 cache": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1, "kv_dtype": "int8"}, 512),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Step:
-    """A compiled step: how often each kernel of ours is in its HLO, and its memory in bytes."""
+    """A compiled step: how often each kernel of ours is in its HLO, bytes of memory, caches and the least weight."""
 
     kernels: dict[str, int]
     aliased: int
     temporary: int
     caches: int
+    weight: int
 
 
 def compile_steps(names: Sequence[str], timeout: float = 280) -> dict[str, Step]:
@@ -78,7 +99,7 @@ def compile_steps(names: Sequence[str], timeout: float = 280) -> dict[str, Step]
 
 
 def build(name: str) -> Any:
-    """The compiled step of a case, and the bytes of its caches."""
+    """The compiled step of a case, and the bytes of its caches and of the smallest weight of a layer."""
     import functools
 
     import jax
@@ -103,7 +124,7 @@ def build(name: str) -> Any:
         changes["alibi"] = Alibi(slopes=alibi_slopes(8))
     fields = {
         "family": name, "vocab_size": 512, "hidden": 256, "intermediate": 768, "heads": 8, "kv_heads": 2,
-        "head_dim": 64, "context_length": longest, "layers": (layer,) * 2,
+        "head_dim": 64, "context_length": longest, "layers": (layer,) * changes.pop("count", 2),
         "norm": Norm(kind=kind, eps=1e-5, bias=kind == "layer"),
     }  # fmt: skip
     spec = ModelSpec(**fields | changes)
@@ -147,16 +168,18 @@ def build(name: str) -> Any:
     else:
         body = functools.partial(executor._decode_body, features=SamplerFeatures())
         results = (executor._steps_rows, None)
-    return executor._step(name, name, body, (inputs, None), results), plan.cache_bytes_per_device
+    weights = (f"layers.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down"))
+    weight = min(plan.parameters[path].nbytes for path in weights)
+    return executor._step(name, name, body, (inputs, None), results), plan.cache_bytes_per_device, weight
 
 
 def main(names: Sequence[str]) -> None:
     for name in names or CASES:
-        step, caches = build(name)
+        step, *sizes = build(name)
         text, memory = step.as_text(), step.memory_analysis()
         # The last but one part of an operation's path is the name that its kernel was given.
         calls = re.findall(r'custom_call_target="mosaic_gpu.*?op_name="[^"]*?(\w+)/\w+"', text)
-        report = Step(dict(Counter(calls)), memory.alias_size_in_bytes, memory.temp_size_in_bytes, caches)
+        report = Step(dict(Counter(calls)), memory.alias_size_in_bytes, memory.temp_size_in_bytes, *sizes)
         print(MARK + json.dumps([name, asdict(report)]), flush=True)
 
 

@@ -7,6 +7,7 @@ import pytest
 from tests import aot, steps
 
 LAYERS = 2
+WHOLE = [name for name in steps.CASES if name.startswith("whole")]
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +18,9 @@ def compiled() -> dict[str, steps.Step]:
     return steps.compile_steps(list(steps.CASES))
 
 
-@pytest.mark.parametrize("name", [name for name in steps.CASES if "prefill" not in name])
+@pytest.mark.parametrize("name", [name for name in steps.CASES if "prefill" not in name and name not in WHOLE])
 def test_a_layer_of_a_decode_step_is_five_kernels(name: str, compiled: dict[str, steps.Step]):
-    """Products with query, key and value, out, up and down, and attention; in float32 none.
+    """Products with query, key and value, out, up and down, and attention; in float32 none. One row is no exception.
 
     Where heads are of 128, or not rotated, the first of them writes the cache as well. Quantized weights have a kernel
     of their own, which does not.
@@ -32,6 +33,14 @@ def test_a_layer_of_a_decode_step_is_five_kernels(name: str, compiled: dict[str,
     assert found.get(product, 0) == (products - writes) * LAYERS
     assert found.get("decode_attention_kernel", 0) == attention * LAYERS
     assert sum(found.values()) == (products + attention) * LAYERS
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_decode_step_of_few_rows_is_one_kernel(name: str, compiled: dict[str, steps.Step]):
+    """For all layers, if a kernel may be given the addresses of so many; and no weight is copied for it."""
+    assert compiled[name].kernels == {"decoder_layers": 2 if "64" in name else 1}
+    if "7B" in name:  # small, a weight is less than what blocks hand on
+        assert compiled[name].temporary < compiled[name].weight // 4
 
 
 @pytest.mark.parametrize("name", [name for name in steps.CASES if "prefill" in name])
@@ -47,5 +56,5 @@ def test_a_layer_of_a_prefill_step_is_two_kernels(name: str, compiled: dict[str,
 def test_caches_are_written_in_place(name: str, compiled: dict[str, steps.Step]):
     step = compiled[name]
     assert step.aliased >= step.caches
-    if step.kernels.get("decode_attention_kernel"):
+    if step.kernels.get("decode_attention_kernel") or name in WHOLE:
         assert step.temporary < step.caches // (2 * LAYERS), "more than a cache's blocks are held"

@@ -10,6 +10,7 @@ deviations of the difference between two logits: of some thousand tokens compare
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +20,13 @@ import pytest
 import torch
 
 import jaxinfer
-from pallas_kernels import Device, qkv_gemm
+from pallas_kernels import MAX_LAYER_ROWS, Device, qkv_gemm
 from pallas_kernels.choices import MAX_LINEAR_ROWS
 from pallas_kernels.qkv_gemm import tuning_for_heads
 from tests.bare import steady
 from tests.cases import CASES, Case, case
 from tests.oracle import checkpoint, prompts, rms, shared_root, torch_logits, torch_model
+from tests.wide import METHODS, dequantized, wide
 
 pytestmark = pytest.mark.gpu
 STEPS = 32
@@ -84,6 +86,30 @@ WIDE = [
 ]
 
 
+def _logits(folder: Path, chosen: Case, dtype: torch.dtype, asked: Any, outputs: Any) -> list[np.ndarray]:
+    """What torch has where each token of the outputs was drawn, float32 [tokens, V]."""
+    model = torch_model(folder, chosen, dtype, device=PLACE)
+    return [
+        torch_logits(model, prompt + output.token_ids[:-1])[len(prompt) - 1 :]
+        for prompt, output in zip(asked, outputs, strict=True)
+    ]
+
+
+def _said(logits: list[np.ndarray], outputs: Any) -> list[np.ndarray]:
+    """The log-probabilities that logits give the tokens of the outputs."""
+    return [
+        torch.log_softmax(torch.tensor(rows), -1).numpy()[np.arange(len(rows)), output.token_ids]
+        for rows, output in zip(logits, outputs, strict=True)
+    ]
+
+
+def _logprobs(outputs: Any) -> list[np.ndarray]:
+    """The log-probabilities that came with the outputs' tokens."""
+    return [
+        np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs, strict=True)]) for o in outputs
+    ]
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("chosen", WIDE, ids=lambda chosen: chosen.name)
 def test_decode_by_the_kernels_is_as_near_to_float32_as_prefill_of_torch(chosen, kv_dtype, root):
@@ -98,22 +124,52 @@ def test_decode_by_the_kernels_is_as_near_to_float32_as_prefill_of_torch(chosen,
         outputs = [output.outputs[0] for output in engine.generate(asked, sampling)]
     if Device.of(jax.devices()[0]).hopper:
         assert serving["decode attention"] == serving[f"products of up to {MAX_LINEAR_ROWS} rows"] == "mosaic"
-    found = [
-        np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs, strict=True)]) for o in outputs
-    ]
-
-    def theirs(dtype: torch.dtype) -> list[np.ndarray]:
-        model = torch_model(folder, chosen, dtype, device=PLACE)
-        rows = []
-        for prompt, output in zip(asked, outputs, strict=True):
-            logits = torch_logits(model, prompt + output.token_ids[:-1])[len(prompt) - 1 :]
-            rows.append(torch.log_softmax(torch.tensor(logits), -1).numpy()[np.arange(STEPS), output.token_ids])
-        return rows
-
-    exact = theirs(torch.float32)
-    error, allowed = rms(found, exact), rms(theirs(torch.bfloat16), exact)
+    exact = _said(_logits(folder, chosen, torch.float32, asked, outputs), outputs)
+    rough = _said(_logits(folder, chosen, torch.bfloat16, asked, outputs), outputs)
+    error, allowed = rms(_logprobs(outputs), exact), rms(rough, exact)
     # 8 bits of a cache are rounded once more, e4m3 to 4 bits of mantissa where bfloat16 has 8.
     assert error <= {"auto": 1.5, "int8": 2.0, "fp8": 8.0}[kv_dtype] * allowed, (error, allowed)
+
+
+# Heads of 64, and inputs that groups of int4 divide.
+WHOLE = [
+    dataclasses.replace(wide(family), name=f"{family}-whole", options={**wide(family).options, **changes})
+    for family, changes in {
+        "llama": {"num_attention_heads": 4}, "mistral": {"num_attention_heads": 4, "sliding_window": 40}, "opt": {},
+        "gpt2": {},
+    }.items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", range(1, MAX_LAYER_ROWS + 1))
+@pytest.mark.parametrize("quantize", [None, *METHODS])
+@pytest.mark.parametrize("chosen", WHOLE, ids=lambda chosen: chosen.name)
+def test_whole_layers_say_what_float32_does_and_twice_the_same(chosen, quantize, rows, root):
+    """Rows of different lengths, which end at different times; torch has the rounded weights."""
+    folder = checkpoint(chosen, root)
+    asked = steady(folder, prompts(chosen), STEPS)
+    sampling = [
+        jaxinfer.SamplingParams(temperature=0.0, max_tokens=STEPS - 3 * at, ignore_eos=True, logprobs=0)
+        for at in range(len(asked))
+    ]
+    with jaxinfer.init_inference(
+        folder, mesh={"tensor": 1}, dtype="bfloat16", max_batch=rows, decode_chunk=8, quantize=quantize
+    ) as engine:
+        serving = {choice.op: choice.implementation for choice in engine.implementations}
+        outputs, again = ([output.outputs[0] for output in engine.generate(asked, sampling)] for _ in range(2))
+    if Device.of(jax.devices()[0]).hopper:
+        assert serving[f"whole layers of up to {MAX_LAYER_ROWS} rows"] == "mosaic"
+    for one, other in zip(outputs, again, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == other.logprobs
+    rounded = folder if quantize is None else dequantized(chosen, root, quantize)
+    exact, rough = (_logits(rounded, chosen, dtype, asked, outputs) for dtype in (torch.float32, torch.bfloat16))
+    for output, logits in zip(outputs, exact, strict=True):
+        drawn = logits[np.arange(len(logits)), output.token_ids]
+        assert np.all(logits.max(axis=-1) - drawn <= 6 * rms(rough, exact)), "a token that float32 finds clearly worse"
+    wanted = _said(exact, outputs)
+    error, allowed = rms(_logprobs(outputs), wanted), rms(_said(rough, outputs), wanted)
+    assert error <= 1.5 * allowed, (error, allowed)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])

@@ -170,16 +170,20 @@ class Attention(nnx.Module):
                 y = y if pieces is None else pieces.gather(y)
             if batch.gathered:
                 y = all_to_all(y, "tensor", 1, 2)
-            out, out_scale = self.out[...], array(self.out_scale)
-            if out_scale is not None and out_scale.ndim > 1:
-                out_scale = out_scale.reshape(-1, out_scale.shape[-1])
             y = linear_psum(
-                y.reshape(*y.shape[:2], -1), out.reshape(out.shape[0], -1), out_scale,
+                y.reshape(*y.shape[:2], -1), *self.out_product(),
                 axis=None if batch.gathered else "tensor",
                 bias=self.out_bias[...] if self.out_biased else None,
                 residual=residual,
             )  # fmt: skip
             return y, cache
+
+    def out_product(self) -> tuple[jax.Array, jax.Array | None]:
+        """The weight of the output as a product has it [H, G * R * D], and its factors [H] or [G * R * D / g, H]."""
+        out, scale = self.out[...], array(self.out_scale)
+        if scale is not None and scale.ndim > 1:
+            scale = scale.reshape(-1, scale.shape[-1])
+        return out.reshape(out.shape[0], -1), scale
 
     def _product(self, x: jax.Array, batch: Batch, norm: Norm | None) -> jax.Array:
         """Query, key and value [B, T, G, R + 2, D], before they are normalised and rotated.

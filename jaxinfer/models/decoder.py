@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfer.models import whole
 from jaxinfer.models.attention import Attention, Batch, LayerCache
 from jaxinfer.models.embedding import Embedding, Head
 from jaxinfer.models.mlp import Mlp
@@ -106,12 +107,16 @@ class Decoder(nnx.Module):
         self.embed = Embedding(spec, layout, dtype)
         self.layers = nnx.List([Layer(spec, layer, layout, dtype, quantize) for layer in spec.layers])
         self.head = Head(spec, layout, dtype)
+        self.problem = whole.spec_problem(spec)
 
     def hidden_states(
         self, batch: Batch, caches: Sequence[LayerCache] | None = None
     ) -> tuple[jax.Array, list[LayerCache]]:
         """Run embedding and layers: hidden states [B, T, H] before the final norm, and the written caches."""
         x = self.embed(batch)
+        chosen = whole.implementation(self.problem, self.layers, x, batch, caches)
+        if caches is not None and chosen != "apart":
+            return whole.run(self.layers, x, batch, caches, chosen)
         written: list[LayerCache] = []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{index}"):
