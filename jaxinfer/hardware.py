@@ -26,6 +26,7 @@ class Hardware:
         platform: ``cpu``, ``gpu``, ...
         capability: compute capability of an NVIDIA GPU, such as ``9.0``, which decides what kernels it runs; None where
             unknown.
+        cores: SMs of a GPU that is here; None where unknown.
     """
 
     kind: str
@@ -36,11 +37,12 @@ class Hardware:
     measured: bool = False
     platform: str = "gpu"
     capability: str | None = None
+    cores: int | None = None
 
     @property
     def device(self) -> Device:
         """What code for it is made for."""
-        return Device(self.platform, self.capability)
+        return Device(self.platform, self.capability, self.cores)
 
 
 # The H200 as benchmarks/decode_7b.py measured it: 88 % of the data sheet's bandwidth, 70 % of its dense bfloat16 rate.
@@ -98,5 +100,6 @@ def of(device: jax.Device) -> Hardware:
     seen = Device.of(device)
     found = known or Hardware(kind=name, memory=None, bandwidth=None, matmul=None)
     return dataclasses.replace(
-        found, kind=name, memory=memory, platform=seen.platform, capability=seen.capability or found.capability
-    )
+        found, kind=name, memory=memory, platform=seen.platform, capability=seen.capability or found.capability,
+        cores=seen.cores,
+    )  # fmt: skip

@@ -82,15 +82,18 @@ class Device:
     Attributes:
         platform: ``cpu``, ``gpu``, ...
         capability: compute capability of an NVIDIA GPU, such as ``9.0``; None elsewhere.
+        cores: its SMs; None where that is not known.
     """
 
     platform: str
     capability: str | None = None
+    cores: int | None = None
 
     @classmethod
     def of(cls, found: jax.Device) -> Device:
         """Describe a device, which may be one of a topology that is not here."""
-        return cls(found.platform, getattr(found, "compute_capability", None))
+        capability, cores = getattr(found, "compute_capability", None), getattr(found, "core_count", None)
+        return cls(found.platform, capability, cores if isinstance(cores, int) and found.platform == "gpu" else None)
 
     @property
     def hopper(self) -> bool:
@@ -107,7 +110,7 @@ _device: ContextVar[Device | None] = ContextVar("device", default=None)
 def device() -> Device:
     """What is being compiled for."""
     named = _device.get()
-    return named or Device(jax.default_backend(), getattr(jax.devices()[0], "compute_capability", None))
+    return named or Device.of(jax.devices()[0])
 
 
 @contextlib.contextmanager

@@ -30,10 +30,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.choices import Device, device
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.layer_plan import NAMES, PARAMETERS, LayerPlan, Norm, Product, divided
 from pallas_kernels.qkv_gemm import qkv_gemm, slots_of
-from pallas_kernels.skinny_gemm import DTYPES, QUANTIZED, Activation, InputNorm, skinny_gemm, weight_bits
+from pallas_kernels.skinny_gemm import DTYPES, QUANTIZED, SMS, Activation, InputNorm, skinny_gemm, weight_bits
 
 Cache = tuple[jax.Array, jax.Array]
 
@@ -101,9 +102,8 @@ def decoder_layers(
         return reference(x, layers, caches, tables, positions, **rest)
     if implementation != "mosaic":
         raise ValueError(f"decoder_layers: implementation {implementation!r} is none of 'mosaic', 'reference'")
-    problem = dtype_problem(x, layers, caches)
     plan = plan_of(x, layers, caches, tables, **rest)
-    problem = problem or plan.problem()
+    problem = cores_problem(device()) or dtype_problem(x, layers, caches) or plan.problem()
     if problem is not None:
         raise ValueError(f"decoder_layers: implementation 'mosaic' cannot run {problem}")
     # Imported here, since it takes a second and only this implementation needs it.
@@ -122,6 +122,13 @@ def decoder_layers(
         )  # fmt: skip
         written += new
     return x, written
+
+
+def cores_problem(on: Device) -> str | None:
+    """Name that a GPU has too few SMs, or None: blocks that wait for each other must all be there at once."""
+    return (
+        f"on {on.cores} SMs, since it has a block on each of {SMS}" if on.cores is not None and on.cores < SMS else None
+    )
 
 
 def reference(

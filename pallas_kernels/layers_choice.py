@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 
 from pallas_kernels.choices import Choice, Device
-from pallas_kernels.decoder_layers import Cache, LayerOperands, dtype_problem, plan_of
+from pallas_kernels.decoder_layers import Cache, LayerOperands, cores_problem, dtype_problem, plan_of
 
 LayersImplementation = Literal["apart", "mosaic"]
 """Of the layers of a decode step: operation by operation, each with a choice of its own; or one Hopper kernel."""
@@ -56,7 +56,7 @@ def layers_choice(on: Device, *, rows: int, problem: str | None) -> Choice[Layer
         why = f"beyond {MAX_LAYER_ROWS} rows a thread's registers do not suffice"
     elif not on.hopper:
         why = f"the kernel is made for Hopper, and this is {on}"
-    elif problem is not None:
+    elif (problem := cores_problem(on) or problem) is not None:
         why = f"the kernel does not run {problem}"
     elif rows == 0:
         why = "there are no rows"

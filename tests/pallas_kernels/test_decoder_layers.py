@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import Device, compiling_for, layer_mosaic
 from pallas_kernels import decoder_layers as exported
-from pallas_kernels import layer_mosaic
 from pallas_kernels.decoder_layers import decoder_layers, dtype_problem, plan_of
 from pallas_kernels.layer_plan import PARAMETERS
 from tests.pallas_kernels.layer_cases import LARGE, LLAMA, SMALL, operands, static
@@ -135,6 +135,15 @@ def test_what_the_kernel_cannot_run_is_an_error_that_names_it(name):
 
     with pytest.raises(ValueError, match=f"implementation 'mosaic' cannot run .*{words}"):
         jax.eval_shape(run, arguments, rotary)
+
+
+def test_a_gpu_with_fewer_sms_than_blocks_is_refused():
+    arguments, rotary = jax.eval_shape(lambda: operands(SMALL["plain"], None))
+    with compiling_for(Device("gpu", "9.0", 114)), pytest.raises(ValueError, match="cannot run on 114 SMs"):
+        jax.eval_shape(
+            lambda a, r: decoder_layers(*a, rotary=r, implementation="mosaic", **static(SMALL["plain"])),
+            arguments, rotary,
+        )  # fmt: skip
 
 
 def test_an_unknown_implementation_is_an_error():

@@ -33,6 +33,13 @@ def test_a_problem_is_the_reason():
     assert "the kernel does not run a softcap of scores" in str(chosen)
 
 
+def test_a_smaller_gpu_would_wait_for_ever():
+    for cores, wanted in ((132, "mosaic"), (144, "mosaic"), (114, "apart"), (None, "mosaic")):
+        chosen = layers_choice(Device("gpu", "9.0", cores), rows=1, problem=None)
+        assert chosen.implementation == wanted
+    assert "on 114 SMs" in layers_choice(Device("gpu", "9.0", 114), rows=1, problem=None).reason
+
+
 PROBLEMS = {
     "none": (Case(), None),
     "int4": (Case(weight="int4", wide=384), None),
