@@ -169,11 +169,13 @@ class Store:
             failed = error
 
         def wait(seconds: float | None = None) -> None:
+            nonlocal failed
             limit = None if self.seconds is None else self.seconds + out.nbytes / SLOWEST
             limit = limit if seconds is None else seconds
             try:
                 if failed is not None:
-                    raise failed
+                    error, failed = failed, OSError("it was not begun")  # if asked again, it is not late
+                    raise error
                 self._result(future, limit)
             except TimeoutError:
                 waited = f"which did not come in {time.monotonic() - begun:.3g} seconds"

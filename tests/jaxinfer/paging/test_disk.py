@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gc
 import os
 import shutil
 import threading
@@ -118,6 +119,7 @@ def test_an_engine_whose_files_are_gone_can_be_closed(good, tmp_path):
         shutil.rmtree(store)
         with pytest.raises(CheckpointError):
             tokens(engine)
+    gc.collect()  # an error that was caught keeps the frames it went through
     assert len(jax.live_arrays()) <= before + 1
 
 
@@ -246,7 +248,7 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(good, tmp_path):
             try:
                 tokens(engine)
             except Exception as error:
-                caught.append(error)
+                caught.append(type(error))
 
         asking = threading.Thread(target=ask)
         asking.start()
@@ -256,7 +258,8 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(good, tmp_path):
         engine.executor.pager.close()
         asking.join(10)
         assert time.perf_counter() - start < 10
-        assert isinstance(caught[0], CheckpointError | concurrent.futures.CancelledError)
+        assert issubclass(caught[0], CheckpointError | concurrent.futures.CancelledError)
+    gc.collect()  # an error that was caught keeps the frames it went through
     assert len(jax.live_arrays()) <= before + 1
 
 
