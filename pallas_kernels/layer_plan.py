@@ -32,6 +32,9 @@ PARAMETERS = 480
 ENTRY = 48
 """Bytes of what shared memory says of a tile: where its weights and factors lie."""
 
+HEADS = (64, 128, 256)
+"""Head sizes: one, two or four rows of keys for a load by all lanes."""
+
 MAX_SPLITS = 16
 """Parts of a sequence's keys: a thread has what all of them found in registers when it puts them together."""
 
@@ -202,28 +205,19 @@ class LayerPlan:
         """Whether the MLP is."""
         return self.products[2].halves == 2
 
-    @property
-    def grain(self) -> int:
-        """Pairs of channels that are dealt out together: few, since all blocks wait for who has the most bytes.
-
-        Entries of 4 bits cost more work than bytes, so there a tile is not shared.
-        """
-        return PAIRS if self.bits == 4 else PAIRS // 2
-
     def share(self, which: int, block: int) -> tuple[int, int]:
-        """The first of a product's pairs that are a block's, and the first after them."""
-        units = self.products[which].channels // 2 // self.grain
-        first, last = (units * (block + i) // self.blocks * self.grain for i in range(2))
-        return first, last
+        """The first of a product's tiles that are a block's, and the first after them.
+
+        Whole tiles, though some blocks then have a tenth more of the largest product than others: with parts of tiles,
+        whose stages of the ring are not full, a layer of a 7B Llama took 119 us on an H200 where it takes 112.
+        """
+        tiles = self.products[which].tiles
+        return tiles * block // self.blocks, tiles * (block + 1) // self.blocks
 
     @property
     def most(self) -> tuple[int, ...]:
-        """Tiles of a block, of each product: the most that any has, those that it shares included."""
-        found = []
-        for which in range(4):
-            shares = [self.share(which, block) for block in range(self.blocks)]
-            found.append(max(-(-last // PAIRS) - first // PAIRS for first, last in shares))
-        return tuple(found)
+        """Tiles of a block, of each product: the most that any has."""
+        return tuple(-(-product.tiles // self.blocks) for product in self.products)
 
     @property
     def stage(self) -> int:
@@ -238,7 +232,7 @@ class LayerPlan:
     @property
     def tokens(self) -> int:
         """Keys that a warp takes at once."""
-        return 4 * (256 // self.dim)  # four loads by all lanes
+        return 4 * max(1, 256 // self.dim)  # four loads by all lanes
 
     @property
     def staging(self) -> int:
@@ -314,7 +308,7 @@ class LayerPlan:
             problem = product.problem(name)
             if problem is not None:
                 return problem
-        if self.dim not in (64, 128, 256):
+        if self.dim not in HEADS:
             return f"head_dim {self.dim}"
         if self.per_group > 8:
             return f"{self.per_group} query heads a key head with head_dim {self.dim}"

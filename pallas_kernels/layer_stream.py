@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.layer_plan import (
@@ -25,30 +24,11 @@ from pallas_kernels.layer_plan import (
 )
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """What a block has of a product, as ``LayerPlan.share`` deals it out.
-
-    Attributes:
-        first: its first tile.
-        count: how many it has.
-        begin, end: its pairs of channels; of its first and its last tile some may be its neighbours'.
-    """
-
-    first: Any
-    count: Any
-    begin: Any
-    end: Any
-
-    @staticmethod
-    def of(o: Any, plan: LayerPlan, which: int) -> Tiles:
-        """Those of the block of a thread."""
-        units = plan.products[which].channels // 2 // plan.grain
-        begin = o.block * units // plan.blocks * plan.grain
-        end = (o.block + 1) * units // plan.blocks * plan.grain
-        first = begin // PAIRS
-        count = o.select(begin < end, (end + (PAIRS - 1)) // PAIRS - first, 0)
-        return Tiles(first, count, begin, end)
+def tiles_of(o: Any, plan: LayerPlan, which: int) -> tuple[Any, Any]:
+    """The first tile of a product that is the block's, and how many it has, as ``LayerPlan.share`` deals them out."""
+    tiles = plan.products[which].tiles
+    first = o.block * tiles // plan.blocks
+    return first, (o.block + 1) * tiles // plan.blocks - first
 
 
 def channel_of(product: Product, tile: Any) -> Any:
@@ -119,18 +99,14 @@ class Stream:
         self.cursor = o.shared(smem["cursors"]) + o.warp * ENTRY
         self.entries = o.constant(0)
         for which, product in enumerate(plan.products):
-            tiles = Tiles.of(o, plan, which)
-            tile = tiles.first + o.thread
-            low = channel_of(product, tile)
+            first, count = tiles_of(o, plan, which)
+            low = channel_of(product, first + o.thread)
             words = [low * product.line, product.line, product.apart * product.line, product.steps, which]
             if plan.factors:
                 each = product.channels // product.halves  # of a row of factors
                 apart = product.apart if product.halves == 1 else product.inputs // product.group * each
                 words += [low * 4, apart * 4, each * 4, plan.parameters.index(f"{NAMES[which]}_factors")]
-            words += [0] * (9 - len(words))
-            pair = tile * PAIRS  # of the tile's pairs, those from one number to another are the block's
-            words += [o.select(pair < tiles.begin, tiles.begin - pair, 0)]
-            words += [o.select(tiles.end < pair + PAIRS, tiles.end - pair, PAIRS), 0]
+            words += [0] * (12 - len(words))
             words = [word if not isinstance(word, int) else o.constant(word) for word in words]
             at = self.table + (self.entries + o.thread) * ENTRY
 
@@ -138,8 +114,8 @@ class Stream:
                 for i in range(0, 12, 4):
                     o.store_shared(at + 4 * i, words[i : i + 4])
 
-            o.when(o.thread < tiles.count, enter)
-            self.entries = self.entries + tiles.count
+            o.when(o.thread < count, enter)
+            self.entries = self.entries + count
 
         def begin() -> None:
             zero = o.constant(0)
@@ -177,16 +153,15 @@ class Stream:
         at = self.table + entry * ENTRY
         offset, line, apart, steps = o.load_shared(at, 4)
         which, factors, factors_apart, across = o.load_shared(at + 16, 4)
-        number, begin, end, _ = o.load_shared(at + 32, 4)
         there = layer < plan.layers  # behind the last, lines of no bytes, for ever
         held = o.select(there, layer, plan.layers - 1)
-        own = there & (begin < o.warp % PAIRS + 1) & (o.warp % PAIRS < end)
         row = o.warp % PAIRS * line + o.select(o.warp < PAIRS, 0, apart)
         source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(row)
         # By all lanes: it is the same.
         o.store_shared(self.cursor, [layer, entry, o.constant(0), steps])
-        o.store_shared(self.cursor + 16, [*o.halves(source), o.select(own, line, 0), across])
+        o.store_shared(self.cursor + 16, [*o.halves(source), o.select(there, line, 0), across])
         if plan.factors:
+            number = o.load_shared(at + 32)[0]
             beside = self.memory.of_layer(held, number) + o.wide(factors)
             o.store_shared(self.cursor + 32, [*o.halves(beside), factors_apart, across])
 

@@ -27,7 +27,7 @@ from pallas_kernels.layer_plan import (
     LayerPlan,
 )
 from pallas_kernels.layer_staging import stage, vectors_of_norm
-from pallas_kernels.layer_stream import Memory, Stream, Tiles, channel_of
+from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
 from pallas_kernels.quantized_threads import widen
 
 TARGETS = {OUT: "middle", UP: "between", DOWN: "stream"}
@@ -121,7 +121,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
             o.when(own < plan.m, keep)
         return list(found[:-4])
 
-    return list(o.loop(Tiles.of(o, plan, which).count, carry, tile))
+    return list(o.loop(tiles_of(o, plan, which)[1], carry, tile))
 
 
 def widen_any(o: Any, plan: LayerPlan, word: Any) -> list[Any]:
@@ -146,12 +146,10 @@ class Result:
     @staticmethod
     def of(o: Any, plan: LayerPlan, which: int) -> Result:
         """The thread's."""
-        product, tiles = plan.products[which], Tiles.of(o, plan, which)
+        product, (first, count) = plan.products[which], tiles_of(o, plan, which)
         slot, token, pair = o.thread // (PAIRS * plan.m), o.thread // PAIRS % plan.m, o.thread % PAIRS
-        tile = tiles.first + slot
-        number = tile * PAIRS + pair
-        active = (o.thread < tiles.count * (PAIRS * plan.m)) & (tiles.begin < number + 1) & (number < tiles.end)
-        slot, tile = o.select(active, slot, 0), o.select(active, tile, 0)
+        active = slot < count
+        slot, tile = o.select(active, slot, 0), o.select(active, first + slot, 0)
         low = channel_of(product, tile) + pair
         return Result(active, slot, token, pair, low, low + product.apart)
 
@@ -334,9 +332,9 @@ def run(
             def staged(o: Any = o, which: int = which, beside: list[Any] = beside) -> None:
                 stage(o, plan, which, beside, memory, smem)
 
-            if plan.products[which].channels // 2 // plan.grain < plan.blocks:
+            if plan.products[which].tiles < plan.blocks:
                 # A block that has nothing to do with x does not read it: nobody would wait until it has.
-                o.when(o.constant(0) < Tiles.of(o, plan, which).count, staged)
+                o.when(o.constant(0) < tiles_of(o, plan, which)[1], staged)
             else:
                 staged()
             added = load_row(o, plan, which, result, memory) if which in (OUT, DOWN) else None

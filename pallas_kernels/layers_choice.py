@@ -14,10 +14,8 @@ LayersImplementation = Literal["apart", "mosaic"]
 """Of the layers of a decode step: operation by operation, each with a choice of its own; or one Hopper kernel."""
 
 MAX_LAYER_ROWS = 2
-"""Rows up to which all layers are one kernel. With four, ptxas spills registers of 128 a thread to memory."""
-
-HEADS = (64, 128, 256)
-"""Head sizes of the kernel; a plan cannot be made for all others."""
+"""Rows up to which all layers are one kernel; it runs more, as far as shared memory goes, but has not been timed with
+them."""
 
 
 def layers_problem(
@@ -36,9 +34,6 @@ def layers_problem(
         x, layers, caches, tables, rotary, scale, window: as :func:`pallas_kernels.decoder_layers.decoder_layers` takes
             them; of arrays only shapes and dtypes are looked at, so ``jax.ShapeDtypeStruct`` will do.
     """
-    dim = layers[0].weights[0].shape[2]
-    if dim not in HEADS:
-        return f"head_dim {dim}"
     problem = dtype_problem(x, layers, caches)
     return problem or plan_of(x, layers, caches, tables, rotary=rotary, scale=scale, window=window).problem()
 
@@ -53,7 +48,7 @@ def layers_choice(on: Device, *, rows: int, problem: str | None) -> Choice[Layer
     """
     op = f"whole layers of up to {MAX_LAYER_ROWS} rows"
     if rows > MAX_LAYER_ROWS:
-        why = f"beyond {MAX_LAYER_ROWS} rows a thread's registers do not suffice"
+        why = f"beyond {MAX_LAYER_ROWS} rows the kernel has not been timed"
     elif not on.hopper:
         why = f"the kernel is made for Hopper, and this is {on}"
     elif (problem := cores_problem(on) or problem) is not None:

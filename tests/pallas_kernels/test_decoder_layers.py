@@ -117,6 +117,7 @@ def test_what_does_not_fit_is_an_error_that_names_it(name):
 UNABLE = {
     "float32": ({"dtype": "float32"}, "x of float32"),
     "heads of 80": ({"dim": 80}, "head_dim 80"),
+    "heads of 512": ({"dim": 512, "groups": 1}, "head_dim 512"),
     "many query heads": ({"per_group": 9}, "9 query heads a key head"),
     "odd inputs": ({"hidden": 260}, "260 inputs of query, key and value"),
     "channels": ({"gated": False, "wide": 360}, "360 channels of up, which 16 does not divide"),

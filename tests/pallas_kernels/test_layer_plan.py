@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.decoder_layers import plan_of
-from pallas_kernels.layer_plan import LAG, PAIRS, Product, divided
+from pallas_kernels.layer_plan import LAG, Product, divided
 from pallas_kernels.skinny_gemm import SMEM_PER_SM
 from tests.pallas_kernels.layer_cases import LARGE, SMALL, operands, static
 
@@ -29,19 +29,18 @@ def test_a_plan_fits_and_serves_everything_once(name):
     for which, product in enumerate(found.products):
         shares = [found.share(which, block) for block in range(found.blocks)]
         assert [first for first, _ in shares[1:]] == [last for _, last in shares[:-1]]
-        assert (shares[0][0], shares[-1][1]) == (0, product.channels // 2)
-        assert max(-(-last // PAIRS) - first // PAIRS for first, last in shares) == found.most[which]
-        assert all(edge % 2 == 0 for share in shares for edge in share)  # neighbours send together
+        assert (shares[0][0], shares[-1][1]) == (0, product.tiles)
+        assert max(last - first for first, last in shares) == found.most[which]
 
 
-@given(channels=st.integers(1, 2000), blocks=st.integers(1, 140), bits=st.sampled_from((4, 8, 16)))
-def test_shares_differ_by_one_grain_at_most(channels, blocks, bits):
-    product = Product(channels=16 * channels, inputs=256, apart=8, halves=1, bits=bits, group=0)
-    base = plan(SMALL["plain"])
-    found = dataclasses.replace(base, products=(product,) * 4, blocks=blocks)
+@given(tiles=st.integers(1, 2000), blocks=st.integers(1, 140))
+def test_shares_differ_by_one_tile_at_most(tiles, blocks):
+    product = Product(channels=16 * tiles, inputs=256, apart=8, halves=1, bits=16, group=0)
+    found = dataclasses.replace(plan(SMALL["plain"]), products=(product,) * 4, blocks=blocks)
     sizes = [last - first for first, last in (found.share(0, block) for block in range(blocks))]
-    assert max(sizes) - min(sizes) <= found.grain
-    assert sum(sizes) == 8 * channels
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == found.most[0]
+    assert sum(sizes) == tiles
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -62,11 +61,6 @@ def test_splits_have_blocks_of_their_own():
     assert "wait for each other" in forced.problem()
     few = divided(dataclasses.replace(plan(SMALL["plain"]), width=64))
     assert 1 < few.splits * few.m * few.groups <= few.blocks
-
-
-def test_entries_of_four_bits_are_not_shared_within_a_tile():
-    assert plan(SMALL["int4, groups of 128"]).grain == PAIRS
-    assert plan(SMALL["int8"]).grain < PAIRS
 
 
 def test_groups_that_a_chunk_does_not_hold_are_named():

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels.decoder_layers import plan_of
 from pallas_kernels.layer_plan import LAG, NAMES, PAIRS, PIECES, ROW, ROW_PITCH, THREADS
-from pallas_kernels.layer_stream import Memory, Stream, Tiles, channel_of
+from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
 from tests.pallas_kernels.emulated import Emulated
 from tests.pallas_kernels.layer_cases import SMALL, Case, operands, static
 
@@ -51,8 +51,7 @@ def test_every_byte_of_a_block_comes_in_order(name, blocks):
             if number < len(expected[block]):
                 for row, data in enumerate(expected[block][number]):
                     at = ring + number % plan.stages * plan.stage + row * ROW_PITCH
-                    if data is not None:
-                        np.testing.assert_array_equal(o.smem[block, at : at + len(data)], data)
+                    np.testing.assert_array_equal(o.smem[block, at : at + len(data)], data)
         stream.release(slot, parity)
         step += 1
     assert step > plan.stages > LAG
@@ -60,31 +59,23 @@ def test_every_byte_of_a_block_comes_in_order(name, blocks):
 
 
 def wanted(plan, block, weights):
-    """For each step of a block the bytes of its 16 rows; None for those that are its neighbours'."""
+    """For each step of a block the bytes of its 16 rows."""
     for layer in weights:
         for which, product in enumerate(plan.products):
             data = layer[which].view(np.uint8).reshape(product.channels, -1)
-            first, last = plan.share(which, block)
-            for tile in range(first // PAIRS, -(-last // PAIRS)):
+            for tile in range(*plan.share(which, block)):
+                low = [channel_of(product, tile) + pair for pair in range(PAIRS)]
                 for start in range(0, product.line, ROW):
-                    rows = []
-                    for row in range(2 * PAIRS):
-                        own = first <= tile * PAIRS + row % PAIRS < last
-                        channel = channel_of(product, tile) + row % PAIRS + row // PAIRS * product.apart
-                        rows.append(data[channel, start : start + ROW] if own else None)
-                    yield rows
+                    yield data[[*low, *(channel + product.apart for channel in low)], start : start + ROW]
 
 
 def test_shares_are_the_plans():
     plan = plan_for(SMALL["plain"], 1, 7)
     o = Emulated(7, 1024, 32)
     for which in range(4):
-        tiles = Tiles.of(o, plan, which)
-        for block in range(7):
-            first, last = plan.share(which, block)
-            assert (tiles.begin[block, 0], tiles.end[block, 0]) == (first, last)
-            assert tiles.first[block, 0] == first // PAIRS
-            assert tiles.count[block, 0] == (-(-last // PAIRS) - first // PAIRS if last > first else 0)
+        first, count = tiles_of(o, plan, which)
+        shares = [plan.share(which, block) for block in range(7)]
+        assert list(zip(first[:, 0], (first + count)[:, 0], strict=True)) == shares
 
 
 @pytest.mark.parametrize("name", SMALL)
