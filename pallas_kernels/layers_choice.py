@@ -17,6 +17,10 @@ MAX_LAYER_ROWS = 2
 """Rows up to which all layers are one kernel; it runs more, as far as shared memory goes, but has not been timed with
 them."""
 
+MAX_LAYER_TOKENS = 4096
+"""Tokens that a row of the block tables has room for, up to which all layers are one kernel. It reads keys once for every
+two query heads that share them, mostly from the L2 cache while they are so few; it was timed at 512."""
+
 
 def layers_problem(
     x: jax.Array,
@@ -38,17 +42,20 @@ def layers_problem(
     return problem or plan_of(x, layers, caches, tables, rotary=rotary, scale=scale, window=window).problem()
 
 
-def layers_choice(on: Device, *, rows: int, problem: str | None) -> Choice[LayersImplementation]:
+def layers_choice(on: Device, *, rows: int, problem: str | None, tokens: int = 1) -> Choice[LayersImplementation]:
     """Choose how the layers of a decode step are computed.
 
     Args:
         on: what is compiled for.
         rows: sequences, one token each.
         problem: of the model or of the operands, such as :func:`layers_problem` names; None where there is none.
+        tokens: that a row of the block tables has room for.
     """
-    op = f"whole layers of up to {MAX_LAYER_ROWS} rows"
+    op = f"whole layers of up to {MAX_LAYER_ROWS} rows and {MAX_LAYER_TOKENS} tokens"
     if rows > MAX_LAYER_ROWS:
         why = f"beyond {MAX_LAYER_ROWS} rows the kernel has not been timed"
+    elif tokens > MAX_LAYER_TOKENS:
+        why = f"beyond {MAX_LAYER_TOKENS} tokens the kernel would read keys from memory more than once"
     elif not on.hopper:
         why = f"the kernel is made for Hopper, and this is {on}"
     elif (problem := cores_problem(on) or problem) is not None:

@@ -190,7 +190,7 @@ def test_a_plan_says_what_serves_the_model_there(spec):
     assert served("H200", "float32") == served("L40S", "bfloat16") == "dot"
     assert served("H200", "bfloat16", "prefill attention") == "mosaic"
     assert served("H200", "bfloat16", "prefill attention", kv_dtype="int8") == "dot"
-    whole, turned = "whole layers of up to 2 rows", spec.layers
+    whole, turned = "whole layers of up to 2 rows and 4096 tokens", spec.layers
     assert served("H200", "bfloat16", whole) == "apart", "6 pairs of 64 entries are rotated"
     spec = spec.replace(layers=tuple(dataclasses.replace(layer, rotary=None) for layer in turned))
     assert served("H200", "bfloat16", whole) == "mosaic"

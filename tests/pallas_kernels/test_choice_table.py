@@ -59,14 +59,14 @@ def test_the_table_says_whether_whole_layers_are_one_kernel():
         return [str(choice) for choice in choices(on, model) if choice.op.startswith("whole")]
 
     (served,) = said(HOPPER, whole=(None,))
-    assert served.startswith("whole layers of up to 2 rows: mosaic (Mosaic GPU), because")
+    assert served.startswith("whole layers of up to 2 rows and 4096 tokens: mosaic (Mosaic GPU), because")
     (apart,) = said(HOPPER, whole=("a softcap of scores",))
     assert "apart (XLA), because the kernel does not run a softcap of scores" in apart
     assert "not described" in said(HOPPER)[0]
     assert ["this is cpu" in one for one in said(CPU, whole=(None,))] == [True]
     one, two = said(HOPPER, whole=(None, "two"))
-    assert one.startswith("whole layers of up to 2 rows (1): mosaic")
-    assert two.startswith("whole layers of up to 2 rows (2): apart")
+    assert one.startswith("whole layers of up to 2 rows and 4096 tokens (1): mosaic")
+    assert two.startswith("whole layers of up to 2 rows and 4096 tokens (2): apart")
     for on, name in ((HOPPER, "mosaic"), (AMPERE, "apart"), (BLACKWELL, "apart"), (CPU, "apart")):
         assert [choice.implementation for choice in choices(on) if choice.op.startswith("whole")] == [name]
 

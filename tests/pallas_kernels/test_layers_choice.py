@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels.choices import Device
 from pallas_kernels.decoder_layers import decoder_layers
-from pallas_kernels.layers_choice import MAX_LAYER_ROWS, layers_choice, layers_problem
+from pallas_kernels.layers_choice import MAX_LAYER_ROWS, MAX_LAYER_TOKENS, layers_choice, layers_problem
 from tests.pallas_kernels.layer_cases import Case, operands, static
 
 CPU, AMPERE, HOPPER, BLACKWELL = Device("cpu"), Device("gpu", "8.0"), Device("gpu", "9.0"), Device("gpu", "10.0")
@@ -25,6 +25,13 @@ def test_few_rows_on_hopper():
         chosen = layers_choice(on, rows=rows, problem=None)
         assert (chosen.implementation, chosen.compiler) == ("apart", "XLA")
         assert why in chosen.reason
+
+
+def test_long_contexts_are_served_operation_by_operation():
+    assert layers_choice(HOPPER, rows=1, problem=None, tokens=MAX_LAYER_TOKENS).implementation == "mosaic"
+    chosen = layers_choice(HOPPER, rows=1, problem=None, tokens=MAX_LAYER_TOKENS + 64)
+    assert chosen.implementation == "apart"
+    assert "beyond 4096 tokens" in chosen.reason
 
 
 def test_a_problem_is_the_reason():

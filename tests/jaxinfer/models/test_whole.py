@@ -16,6 +16,7 @@ from jaxinfer.models.decoder import abstract
 from jaxinfer.models.families import load_spec
 from jaxinfer.models.positions import rotary
 from jaxinfer.models.spec import Alibi, LayerSpec, Layout, Norm
+from pallas_kernels.layers_choice import MAX_LAYER_TOKENS
 from tests.cases import CASES, case
 from tests.engines import tiny
 from tests.modules import small_spec
@@ -209,6 +210,8 @@ def test_the_kernel_is_chosen_for_few_rows_of_decode_on_hopper_and_nowhere_else(
     spec = able()
     assert [traced(spec, rows=rows) for rows in range(1, ops.MAX_LAYER_ROWS + 1)] == ["mosaic"] * ops.MAX_LAYER_ROWS
     assert traced(spec, rows=ops.MAX_LAYER_ROWS + 1) == "apart"
+    wide = jnp.zeros((1, MAX_LAYER_TOKENS // 64 + 1), jnp.int32)
+    assert [traced(spec, tables=tables) for tables in (wide, wide[:, 1:])] == ["apart", "mosaic"]
     assert traced(spec, tokens=2) == traced(spec, tables=None) == traced(spec, gathered=True) == "apart"
     ids = jnp.zeros((1, 1), jnp.int32)
     assert traced(spec, pieces=Pieces(ids, ids, ids[0], ids)) == "apart"
