@@ -80,10 +80,9 @@ class Memory:
 class Stream:
     """What keeps the ring of a block full: the weights of all its tiles, one product's after another's.
 
-    A stage holds a part of a tile's 16 channels, a row each, and a warp has it copied by the copy engine: so loads of
-    what other blocks hand on do not queue behind weights, as they do behind copies by threads. Factors of groups, few
-    bytes in short pieces, are copied by the threads that use them. A stage is full when its 16 rows have come, and
-    empty when 16 warps have read it.
+    A stage holds a part of a tile's 16 channels, a row each, and a warp has its row copied by the copy engine, with one
+    instruction for 2 KiB. Factors of groups, few bytes in short pieces, are copied by the threads that use them. A
+    stage is full when its 16 rows have come, and empty when 16 warps have read it.
 
     A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
     for its row, in shared memory, since registers are few. It runs ahead of what is multiplied, and does not wait where

@@ -18,8 +18,8 @@ MAX_LAYER_ROWS = 2
 them."""
 
 MAX_LAYER_TOKENS = 4096
-"""Tokens that a row of the block tables has room for, up to which all layers are one kernel. It reads keys once for every
-two query heads that share them, mostly from the L2 cache while they are so few; it was timed at 512."""
+"""Tokens that a row of the block tables has room for, up to which all layers are one kernel. It reads keys once for
+every two query heads that share them, mostly from the L2 cache while they are so few; it was timed at 512."""
 
 
 def layers_problem(

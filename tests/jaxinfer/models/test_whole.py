@@ -66,7 +66,7 @@ def asked(monkeypatch):
     """Let the reference serve every decode step that the kernel would be asked for; how often it did."""
     calls = []
 
-    def choice(on, *, rows, problem):
+    def choice(on, *, rows, problem, tokens):
         served = "reference" if problem is None else "apart"
         return ops.Choice(op="whole layers", implementation=served, compiler="XLA", reason="a test says so")
 
