@@ -10,6 +10,10 @@ the cache), parts of attention, attention, its output, the gate, and down. They 
 two values and the number of the layer, which are written and read as one: who finds the number has the values, and
 neither fences nor meetings of all are needed (as in NCCL's protocol LL); a fence would wait for the copies under way.
 
+All blocks must be on the GPU at once, or those that are there would wait for ever. They are, since JAX runs one
+computation at a time on a GPU; beside another kernel that waits likewise, as of a second process under NVIDIA's MPS,
+they need not be.
+
 The paper's Deep-Fusion (DeepSpeed Inference, arXiv 2207.00032, section III.A) fuses what needs no communication between
 blocks; packets are what takes this further.
 
