@@ -37,6 +37,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import BLOCK_SIZE
 from pallas_kernels.choices import Device, device
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.layer_plan import NAMES, PARAMETERS, LayerPlan, Norm, Product, divided
@@ -117,7 +118,7 @@ def decoder_layers(
     from pallas_kernels import layer_mosaic
 
     slots = slots_of(tables, positions[:, None], caches[0][0].shape[0])[:, 0]
-    lengths = jnp.maximum(positions + 1, 0)
+    lengths = jnp.clip(positions + 1, 0, tables.shape[1] * BLOCK_SIZE)
     written: list[Cache] = []
     most = PARAMETERS // len(plan.parameters)
     count = -(-len(layers) // -(-len(layers) // most))  # of a launch, all of about as many
@@ -227,6 +228,7 @@ def plan_of(
     return divided(
         LayerPlan(
             layers=len(layers), m=m, hidden=hidden, groups=groups, per_group=heads - 2, dim=dim, width=tables.shape[1],
+            kv_blocks=caches[0][0].shape[0],
             products=(a, b, c, d), norms=norms, biased=biased,  # type: ignore[arg-type]
             weight=layer.weights[0].dtype.name, kind="bf16" if x.dtype == jnp.bfloat16 else "f16",
             activation=layer.activation, rotary=rotary is not None, scale=scale, window=window,

@@ -70,15 +70,17 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
     caches = {name: memory(name) for name in ("keys", "values")}
     own_row = o.lane // lanes
 
-    def place(i: Any) -> tuple[Any, Any]:
-        """A step's first key, and where a lane's part of it is."""
+    def place(i: Any) -> tuple[Any, Any, Any]:
+        """A step's first key, where a lane's part of it is, and whether the table names a block that there is."""
         token = (mine + i * WARPS) * plan.tokens
         block = o.load_memory(table + o.wide(token // BLOCK_SIZE) * 4)[0]
+        there = block < plan.kv_blocks
+        block = o.select(there, block, 0)
         row = (block * plan.groups + group) * BLOCK_SIZE + token % BLOCK_SIZE + own_row
-        return token, o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16)
+        return token, o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16), there
 
     def ahead() -> None:
-        _, at = place(o.constant(0))
+        _, at, _ = place(o.constant(0))
         for load in range(loads):
             for start in caches.values():
                 o.prefetch(start + at + load * rows * plan.dim * 2)
@@ -140,7 +142,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         return [value for head in state for value in head]
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        token, at = place(i)
+        token, at, there = place(i)
         found = {
             name: [o.load_memory(start + at + load * rows * plan.dim * 2, 4) for load in range(loads)]
             for name, start in caches.items()
@@ -148,7 +150,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         seen = []
         for load in range(loads):
             number = token + own_row + load * rows
-            inside = number < before
+            inside = there & (number < before)
             seen.append(inside if plan.window is None else inside & (first < number + 1))
         return add(carry, found["keys"], found["values"], seen)
 

@@ -136,6 +136,7 @@ class LayerPlan:
         per_group: query heads of each.
         dim: entries of a head.
         width: blocks of a row of the block tables.
+        kv_blocks: blocks of a cache; what a table says beyond them is read nowhere.
         products: of query, key and value; of the attention's output; up; down.
         norms: before the first product, and before the third.
         biased: for each product, whether a bias is added.
@@ -157,6 +158,7 @@ class LayerPlan:
     per_group: int
     dim: int
     width: int
+    kv_blocks: int
     products: tuple[Product, Product, Product, Product]
     norms: tuple[Norm, Norm]
     biased: tuple[bool, bool, bool, bool]

@@ -20,8 +20,11 @@ from tests.pallas_kernels.layer_cases import Case, operands, static
 from tests.pallas_kernels.test_decoder_layers import attended
 
 
-def compare(case, splits, seed=0):
-    """Attend with random heads, keys and values; what is behind a sequence's end in its blocks is NaN."""
+def compare(case, splits, seed=0, gone=None):
+    """Attend with random heads, keys and values; what is behind a sequence's end in its blocks is NaN.
+
+    Behind its blocks, its table names such as there are not.
+    """
     arguments, rotary = jax.eval_shape(lambda: operands(case, None, 1))
     plan = plan_of(*arguments[:4], rotary=rotary, **static(case))
     units = plan.m * plan.groups
@@ -42,6 +45,12 @@ def compare(case, splits, seed=0):
         if length:
             for i, one in enumerate(whole):
                 one[tables[row, (length - 1) // 64], :, (length - 1) % 64] = heads[row, :, case.per_group + i]
+    plan = dataclasses.replace(plan, kv_blocks=blocks)
+    used = -(-np.maximum(0, np.asarray(case.lengths) - 1) // 64)
+    unread = np.arange(width) >= used[:, None]
+    wild = np.where(unread, rng.choice([-1, blocks, 1 << 30], tables.shape), tables).astype(np.int32)
+    if gone is not None:
+        wild[:, gone] = -5
     o = Emulated(plan.blocks, plan.shared + 16384, THREADS)
     packets = np.zeros((plan.exchange // 2, 2), np.uint32)
     start, count = plan.packets["heads"]
@@ -49,7 +58,7 @@ def compare(case, splits, seed=0):
         [heads.reshape(-1).view(np.uint32), np.full(batch * count, 1)], -1
     )
     exchange = o.place(packets)
-    ref = {name: [0] for name in plan.parameters} | {"exchange": exchange, "tables": o.place(tables)}
+    ref = {name: [0] for name in plan.parameters} | {"exchange": exchange, "tables": o.place(wild)}
     ref |= {"lengths": o.place(np.asarray(case.lengths, np.int32))}
     ref |= {"keys": [o.place(cache[0])], "values": [o.place(cache[1])]}
     smem = {name: o.reserve(size) for name, size in plan.arrays.items()}
@@ -67,7 +76,10 @@ def compare(case, splits, seed=0):
             np.testing.assert_array_equal(got[row], 0)
             continue
         query = heads[row, :, : case.per_group].astype(np.float64)
-        wanted = attended(query, *whole, tables[row], length, case.dim**-0.5, case.window)
+        table = tables[row]
+        if gone is not None:
+            table, length = np.delete(table, gone), length - 64
+        wanted = attended(query, *whole, table, length, case.dim**-0.5, case.window)
         np.testing.assert_allclose(got[row], wanted, atol=1e-2 * np.abs(wanted).max(), rtol=1e-2)
 
 
@@ -85,6 +97,12 @@ def compare(case, splits, seed=0):
 )
 def test_attention_is_softmax_over_the_keys_that_are_seen(case, splits):
     compare(case, splits)
+
+
+def test_a_block_that_there_is_not_is_not_seen():
+    """As if its keys were not there; nothing is read beyond the blocks, which the emulated memory would notice."""
+    case = Case(lengths=(150,), groups=1)
+    compare(case, 1, gone=1)
 
 
 @settings(max_examples=6)
