@@ -20,7 +20,7 @@ from jaxinfer import SamplingParams
 
 prompts = ["The captain of the ship", "My dear sister,", "In the beginning", "He opened the door and"]
 params = SamplingParams(temperature=0, max_tokens=24)
-shape = {"mesh": {"tensor": 1}, "dtype": "bfloat16", "max_batch": 4, "max_model_len": 128, "progress": False}
+shape = {"mesh": {"tensor": 1}, "dtype": "float32", "max_batch": 4, "max_model_len": 128, "progress": False}
 
 with jaxinfer.init_inference("demo", **shape) as engine:
     resident = [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
@@ -32,33 +32,33 @@ with jaxinfer.init_inference("demo", **shape) as engine:
 # are verified when they are read first: what is damaged is never computed with.
 
 # %%
-store = jaxinfer.convert("demo", tempfile.mkdtemp() + "/demo", "bfloat16", progress=False)
+store = jaxinfer.convert("demo", tempfile.mkdtemp() + "/demo", "float32", progress=False)
 print(jaxinfer.verify(store, progress=False).faults or "good")
 
 # %% [markdown]
 # ## The plan says where every layer will live
 # `auto` keeps on the device what fits beside the cache, then fills host memory, and leaves the rest on disk. The plan
-# for an H200 of which 13 MB may be used, and two sequences:
+# for an H200 of which 26 MB may be used, and two sequences:
 
 # %%
 jaxinfer.plan(
-    store, device="H200", offload="auto", device_memory="13MB", host_memory="5MB", max_batch=2, max_model_len=128
+    store, device="H200", offload="auto", device_memory="26MB", host_memory="10MB", max_batch=2, max_model_len=128
 )
 
 # %% [markdown]
-# ## From disk, through 13 MB
+# ## From disk, through 26 MB
 # The cap holds everything on the device: embedding, two slots for layers, cache and workspace.
 
 # %%
-engine = jaxinfer.init_inference(store, offload="disk", device_memory="13MB", **shape)
+engine = jaxinfer.init_inference(store, offload="disk", device_memory="26MB", **shape)
 paged = [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
 print("the same tokens:", paged == resident)
 for tier in ("device", "host", "disk"):
     print(f"{tier}: layers {engine.plan.tiers.of(tier)}")
 report = engine.offload_report()
-print(f"planned {report['device']['planned_bytes'] / 1e6:.1f} MB, cap 13 MB")
+print(f"planned {report['device']['planned_bytes'] / 1e6:.1f} MB, cap 26 MB")
 assert paged == resident
-assert report["device"]["used_bytes"] <= report["device"]["planned_bytes"] <= 13e6
+assert report["device"]["used_bytes"] <= report["device"]["planned_bytes"] <= 26e6
 
 # %% [markdown]
 # ## What it did
