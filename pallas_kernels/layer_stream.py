@@ -57,7 +57,7 @@ class Memory:
                     at = (layer * len(plan.parameters) + number) * 8
                     o.store_shared(self.table + at, o.halves(o.memory(ref[name][layer])))
 
-        # One thread: of a branch for each warp ptxas makes a table of jumps, which ends as an illegal instruction.
+        # By one thread, straight on: a kernel's parameters cannot be indexed.
         o.when(o.thread < 1, keep)
 
     def __call__(self, name: str) -> Any:
