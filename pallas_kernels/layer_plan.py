@@ -33,10 +33,10 @@ ENTRY = 48
 """Bytes of what shared memory says of a tile: where its weights and factors lie."""
 
 HEADS = (64, 128, 256)
-"""Head sizes: one, two or four rows of keys for a load by all lanes."""
+"""Head sizes: four, two or one keys for a load by all lanes."""
 
 MAX_SPLITS = 16
-"""Parts of a sequence's keys: a thread has what all of them found in registers when it puts them together."""
+"""Parts of a sequence's keys, at most: the block of the first waits for what all others have found."""
 
 NAMES = ("qkv", "out", "up", "down")
 """Of the products."""
@@ -210,8 +210,8 @@ class LayerPlan:
     def share(self, which: int, block: int) -> tuple[int, int]:
         """The first of a product's tiles that are a block's, and the first after them.
 
-        Whole tiles, though some blocks then have a tenth more of the largest product than others: with parts of tiles,
-        whose stages of the ring are not full, a layer of a 7B Llama took 119 us on an H200 where it takes 112.
+        Whole tiles, though some blocks then have a tenth more of the largest product than others: parts of tiles leave
+        stages of the ring half empty. A run with them was slower, in which other things had changed too.
         """
         tiles = self.products[which].tiles
         return tiles * block // self.blocks, tiles * (block + 1) // self.blocks
@@ -305,7 +305,7 @@ class LayerPlan:
         return {name: size for name, size in sizes.items() if size}
 
     def problem(self) -> str | None:
-        """Why the kernel cannot run it, or None; apart from dtypes, which :func:`layer_choice` knows."""
+        """Why the kernel cannot run it, or None; apart from dtypes, which ``dtype_problem`` knows."""
         for name, product in zip(("query, key and value", "out", "up", "down"), self.products, strict=True):
             problem = product.problem(name)
             if problem is not None:

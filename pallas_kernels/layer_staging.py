@@ -44,7 +44,7 @@ def place_of(o: Any, plan: LayerPlan, product: Product, run: Any) -> Any:
     chunk, within = run // (4 * lanes), run % (4 * lanes)
     place = (chunk * (4 * lanes) + within % lanes * 4 + within // lanes) * 16
     last = product.staged // 8
-    # Of the last runs some have no place: they repeat one that is of zeros, or the last.
+    # Of the last runs some have no place, and are not stored.
     return o.select(run < last, place, (last - 1) * 16) if last % THREADS else place
 
 

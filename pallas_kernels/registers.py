@@ -381,13 +381,6 @@ class Registers:
         )
         _asm(text, address, value, chosen)
 
-    def store_memory(self, address: Reg, values: Sequence[Reg]) -> None:
-        """Store i32 or f32 in global memory, one, two or four."""
-        names = ", ".join(f"${i + 1}" for i in range(len(values)))
-        vector = "" if len(values) == 1 else f".v{len(values)}"
-        kind = "f32" if values[0].floating else "b32"
-        _asm(f"st.global{vector}.{kind} [$0], {names if len(values) == 1 else f'{{{names}}}'};", address, *values)
-
     def prefetch(self, address: Reg) -> None:
         """Bring 128 bytes of global memory into the L2 cache, without waiting for them."""
         _asm("prefetch.global.L2 [$0];", address)

@@ -55,22 +55,23 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "llama, int4 weights, fp8 cache": (
         {"norm": "rms", "gated_mlp": True}, {"quantize": "int4", "kv_dtype": "fp8"}, 512,
     ),
-    "whole, llama": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1}, 512),
+    "whole, llama": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1, "quantize": "int8"}, 512),
     "whole, llama, two rows, int4 weights": (
         {"norm": "rms", "gated_mlp": True}, {"max_batch": 2, "quantize": "int4"}, 512,
     ),
     "whole, gpt2": (
         {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh", "rotary": False},
-        {"max_batch": 1, "dtype": "float16"}, 512,
+        {"max_batch": 1, "dtype": "float16", "quantize": "int8"}, 512,
     ),
-    "whole, 64 layers": ({"norm": "rms", "gated_mlp": True, "count": 64}, {"max_batch": 1}, 512),
-    "whole, 7B": (_7B, {"max_batch": 1}, 512),
+    "whole, 64 layers": ({"norm": "rms", "gated_mlp": True, "count": 64}, {"max_batch": 1, "quantize": "int8"}, 512),
+    "whole, 7B, int8 weights": (_7B, {"max_batch": 1, "quantize": "int8"}, 512),
     "whole, 7B, int4 weights": (_7B, {"max_batch": 1, "quantize": "int4"}, 512),
     "one row, gemma": (
         {"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {"max_batch": 1},
         512,
     ),
     "one row, int8 cache": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1, "kv_dtype": "int8"}, 512),
+    "one row, bfloat16": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1}, 512),
 }  # fmt: skip
 
 

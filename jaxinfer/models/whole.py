@@ -82,15 +82,16 @@ def implementation(
     if caches is None or batch.tables is None or batch.pieces is not None or batch.gathered or x.shape[1] != 1:
         return "apart"
     problem = problem or split_problem(axis_size("tensor"))
-    on, sizes = ops.device(), {"rows": len(x), "tokens": batch.tables.shape[1] * ops.BLOCK_SIZE}
+    on, tokens = ops.device(), batch.tables.shape[1] * ops.BLOCK_SIZE
+    about: dict[str, Any] = {"rows": len(x), "tokens": tokens, "weight_dtype": layers[0].attention.qkv.dtype}
     # Operands are looked at only where nothing else decides: elsewhere nothing of this is traced.
-    if ops.layers_choice(on, **sizes, problem=problem).implementation == "mosaic":
+    if ops.layers_choice(on, **about, problem=problem).implementation == "mosaic":
         attention = layers[0].attention
         problem = layers_problem(
             x[:, 0], [operands(layer) for layer in layers], list(caches), batch.tables,  # type: ignore[arg-type]
             rotary=_angles(layers, batch), scale=attention.layer.scale, window=attention.layer.window,
         )  # fmt: skip
-    return ops.layers_choice(on, **sizes, problem=problem).implementation
+    return ops.layers_choice(on, **about, problem=problem).implementation
 
 
 def run(

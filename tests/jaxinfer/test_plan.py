@@ -191,10 +191,11 @@ def test_a_plan_says_what_serves_the_model_there(spec):
     assert served("H200", "bfloat16", "prefill attention") == "mosaic"
     assert served("H200", "bfloat16", "prefill attention", kv_dtype="int8") == "dot"
     whole, turned = "whole layers of up to 2 rows and 4096 tokens", spec.layers
-    assert served("H200", "bfloat16", whole) == "apart", "6 pairs of 64 entries are rotated"
+    assert served("H200", "bfloat16", whole, quantize="int8") == "apart", "6 pairs of 64 entries are rotated"
     spec = spec.replace(layers=tuple(dataclasses.replace(layer, rotary=None) for layer in turned))
-    assert served("H200", "bfloat16", whole) == "mosaic"
-    assert served("L40S", "bfloat16", whole) == served("H200", "bfloat16", whole, offload="host") == "apart"
+    assert served("H200", "bfloat16", whole, quantize="int8") == "mosaic"
+    assert served("L40S", "bfloat16", whole, quantize="int8") == served("H200", "bfloat16", whole) == "apart"
+    assert served("H200", "bfloat16", whole, quantize="int8", offload="host") == "apart"
 
 
 def test_a_plan_shows_itself(spec):

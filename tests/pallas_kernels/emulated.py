@@ -267,7 +267,7 @@ class Emulated:
                 rows = np.broadcast_to(self.row, self.active.shape)[self.active]
                 self.smem[rows, at] = data[..., j][self.active]
 
-    def store_memory(self, address, values):
+    def _store_memory(self, address, values):
         assert (address[self.active] % (4 * len(values)) == 0).all()
         for i, value in enumerate(values):
             data = np.ascontiguousarray(value).view(np.uint8).reshape(self.blocks, self.threads, 4)
@@ -279,7 +279,7 @@ class Emulated:
 
     def send(self, address, word, number):
         assert (address[self.active] % 8 == 0).all()
-        self.store_memory(address, [word, number])
+        self._store_memory(address, [word, number])
 
     def receive(self, addresses, number, pairs=False):
         """All blocks take the same step at the same time, so what is waited for must be there."""

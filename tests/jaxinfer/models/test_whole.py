@@ -66,7 +66,7 @@ def asked(monkeypatch):
     """Let the reference serve every decode step that the kernel would be asked for; how often it did."""
     calls = []
 
-    def choice(on, *, rows, problem, tokens):
+    def choice(on, *, rows, problem, tokens, weight_dtype):
         served = "reference" if problem is None else "apart"
         return ops.Choice(op="whole layers", implementation=served, compiler="XLA", reason="a test says so")
 
@@ -182,9 +182,9 @@ def test_each_part_alone_is_named(name):
     assert wanted in whole.spec_problem(small_spec(**changes))
 
 
-def traced(spec, on=HOPPER, rows=1, tokens=1, dtype=jnp.bfloat16, kv_dtype=None, **batch):
+def traced(spec, on=HOPPER, rows=1, tokens=1, dtype=jnp.bfloat16, kv_dtype=None, quantize="int8", **batch):
     """What is chosen for a step, in abstract arrays."""
-    graph, state = nnx.split(abstract(spec, Layout.of(spec), jnp.dtype(dtype)))
+    graph, state = nnx.split(abstract(spec, Layout.of(spec), jnp.dtype(dtype), quantize))
     found = []
 
     def body(state, x, caches):
@@ -220,7 +220,8 @@ def test_the_kernel_is_chosen_for_few_rows_of_decode_on_hopper_and_nowhere_else(
 
 
 def test_what_the_kernel_cannot_run_stays_apart():
-    assert traced(able(), dtype=jnp.float16) == "mosaic"
+    assert traced(able(), dtype=jnp.float16) == traced(able(), quantize="int4") == "mosaic"
+    assert traced(able(), quantize=None) == traced(able(), quantize="fp8") == "apart"  # not seen to be faster
     assert traced(able(), dtype=jnp.float32) == "apart"
     assert traced(able(), kv_dtype=jnp.int8) == "apart"
     assert traced(able(residual="sandwich")) == "apart"
