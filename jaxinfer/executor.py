@@ -228,6 +228,18 @@ class Executor:
             self._penalties = penalties
         return _fetching(drawn)
 
+    def recover(self) -> None:
+        """Be ready for other steps after one has failed. What slots held may be gone: nothing may go on from it."""
+        state = self.caches, self.last, self._penalties
+        try:
+            # Given away to a step that then failed, or what came out of it.
+            jax.block_until_ready(state)
+        except RuntimeError:
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()
+            self._penalties = None
+            self.caches, self.last = self._allocate()
+
     def compiled(self) -> dict[str, Any]:
         """The compiled steps by description, for their HLO and memory analysis."""
         return {str(key): value for key, value in self._compiled.items()}

@@ -151,10 +151,27 @@ class Runner:
             self._pending.clear()
 
     def turn(self) -> None:
-        """Hand out one step and take in the results of the one before."""
-        dispatched = self._dispatch()
-        while len(self._pending) > (1 if dispatched else 0):
-            self._take_in(self._pending.popleft())
+        """Hand out one step and take in the results of the one before.
+
+        Where that fails, the caller gets the error and nobody else is harmed: whoever had a part in a step whose
+        results are not known, this caller or another, waits and is computed again, prompt and output.
+        """
+        try:
+            dispatched = self._dispatch()
+            while len(self._pending) > (1 if dispatched else 0):
+                self._take_in(self._pending.popleft())
+        except BaseException:
+            self._start_over()
+            raise
+
+    def _start_over(self) -> None:
+        """Forget what was handed out: of a step that failed half-way nobody knows what it wrote."""
+        self._pending.clear()
+        for sequence in self.scheduler.start_over():
+            assert isinstance(sequence, Running)
+            sequence.prompt_logprobs.clear()
+            sequence.prompt_logits.clear()
+        self.executor.recover()
 
     def _dispatch(self) -> bool:
         prefill = self.scheduler.next_prefill()

@@ -430,8 +430,27 @@ class Scheduler:
         start = 1 + sequence.slot * self.slot_blocks + len(sequence.blocks)
         return list(range(start, start + count))
 
+    def start_over(self) -> list[Sequence]:
+        """Take back all steps whose results are not known: who had a slot or was leaving waits to be computed again.
+
+        Returns:
+            Those of which nothing was known. They are as new; for the others it counts as a preemption.
+        """
+        for sequence in self.running():
+            self._preempt(sequence)
+        for sequence in list(self._leaving):
+            self._wait_again(sequence)
+        fresh = [sequence for sequence in self._waiting if not sequence.output]
+        for sequence in fresh:
+            sequence.preemptions = 0
+        return fresh
+
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
+        self._wait_again(sequence)
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        self._leaving.discard(sequence)
         sequence.status = Status.WAITING
         sequence.preemptions += 1
         bisect.insort(self._waiting, sequence, key=lambda s: s.arrival)

@@ -81,6 +81,8 @@ def implementation(
     """
     if caches is None or batch.tables is None or batch.pieces is not None or batch.gathered or x.shape[1] != 1:
         return "apart"
+    if not layers:  # they are paged, and run by whoever pages them
+        return "apart"
     problem = problem or split_problem(axis_size("tensor"))
     on, tokens = ops.device(), batch.tables.shape[1] * ops.BLOCK_SIZE
     about: dict[str, Any] = {"rows": len(x), "tokens": tokens, "weight_dtype": layers[0].attention.qkv.dtype}

@@ -391,10 +391,11 @@ class PagedExecutor(Executor):
         return last, penalties, drawn
 
     def _empty_caches(self) -> list[LayerCache]:
-        """Caches on the devices, or in host memory."""
+        """Caches on the devices, or in host memory, where one that is there already is kept."""
         if self.tiers.kv_rows is None:
             return super()._empty_caches()
-        self.kv = HostCache(self.plan, self.mesh, self.pager.link)
+        if self.kv is None:
+            self.kv = HostCache(self.plan, self.mesh, self.pager.link)
         return []
 
     def _window(self, shape: tuple[int, ...]) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -149,18 +151,9 @@ def test_when_blocks_run_out_the_youngest_is_computed_again_and_nothing_changes(
         assert counters.preemptions > 0
         assert counters.prefill_tokens > 4 * 50
         assert_idle(tight)
-    assert tokens(found) == tokens(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.outputs[0].finish_reason == "length"
-        for mine, theirs in (
-            (one.prompt_logprobs, other.prompt_logprobs),
-            (one.outputs[0].logprobs, other.outputs[0].logprobs),
-        ):
-            assert len(mine or []) == len(theirs or [])
-            for left, right in zip(mine or [], theirs or [], strict=True):
-                assert (left or {}).keys() == (right or {}).keys()
-                for token, entry in (left or {}).items():
-                    assert entry.logprob == pytest.approx((right or {})[token].logprob, abs=1e-4)
+        assert_alike(one, other)
         assert len(one.prompt_logprobs or []) == 50
 
 
@@ -259,6 +252,78 @@ def test_an_interrupted_run_leaves_nothing_behind(engine, monkeypatch):
             engine.generate(CLEAN[:6], greedy(20))
     assert_idle(engine)
     assert tokens([engine.generate(CLEAN[1], greedy(8))]) == expected
+
+
+class Broken(Exception):
+    pass
+
+
+def failing(call: int, function: Any, *, after: bool) -> Any:
+    """A function that fails at one of its calls, before it does anything or after it has done it."""
+    calls = itertools.count(1)
+
+    def broken(*given: Any) -> Any:
+        fails = next(calls) == call
+        if fails and not after:
+            raise Broken
+        found = function(*given)
+        if fails:
+            raise Broken
+        return found
+
+    return broken
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("place", "after"), [("prefill", False), ("prefill", True), ("decode", False), ("decode", True), ("results", False)]
+)
+def test_a_step_that_fails_is_the_error_of_one_caller_and_harms_no_other(place, after, call, engine, monkeypatch):
+    """Others are computed again; a step that fails after it was begun leaves caches that were given away."""
+    asked: list[tuple[Any, ...]] = [(engine.generate, prompt, one) for prompt, one in zip(SHORT, CROWD, strict=True)]
+    asked += [(engine.generate, CLEAN[4], greedy(40, prompt_logprobs=1, logprobs=1)), (engine.score, CLEAN[4])]
+    asked += [(engine.logits, CLEAN[4]), (engine.generate, CLEAN[1], greedy(1))]
+    expected = [call(*given) for call, *given in asked]
+
+    def caught(call: Any, *given: Any) -> Any:
+        try:
+            return call(*given)
+        except Broken as error:
+            return error
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(len(asked)) as callers:
+        where, name = (runner(engine), "_take_in") if place == "results" else (engine.executor, place)
+        patch.setattr(where, name, failing(call, getattr(where, name), after=after))
+        found = list(callers.map(lambda one: caught(*one), asked))
+    broken = [index for index, one in enumerate(found) if isinstance(one, Broken)]
+    assert len(broken) == 1
+    for index in set(range(len(asked))) - set(broken):
+        assert_alike(found[index], expected[index])
+    assert_idle(engine)
+    again = [call(*given) for call, *given in asked]
+    for one, other in zip(again, expected, strict=True):
+        assert_alike(one, other)
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Equal tokens, and log-probabilities and logits as close as two ways of computing them are."""
+    if isinstance(found, np.ndarray):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    elif isinstance(found, RequestOutput):
+        assert tokens([found]) == tokens([expected])
+        assert_close(found.prompt_logprobs, expected.prompt_logprobs)
+        assert_close(found.outputs[0].logprobs, expected.outputs[0].logprobs)
+    else:
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Log-probabilities of a prompt or an output: of the same tokens, and nearly equal."""
+    assert len(found or []) == len(expected or [])
+    for one, other in zip(found or [], expected or [], strict=True):
+        assert (one or {}).keys() == (other or {}).keys()
+        for token, entry in (one or {}).items():
+            assert entry.logprob == pytest.approx(other[token].logprob, abs=1e-4)
 
 
 def test_the_device_is_always_a_step_ahead(engine, monkeypatch):

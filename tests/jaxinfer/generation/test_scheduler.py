@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +121,7 @@ class Serving(RuleBasedStateMachine):
         self.pending: deque[tuple[PrefillStep | DecodeStep, list[tuple[Text, list[Any]]]]] = deque()
         self.texts: list[Text] = []
         self.aborted: set[Text] = set()
-        self.admitted: list[Text] = []
+        self.failures = 0
 
     @rule(
         prompt=st.one_of(st.integers(1, 20), st.integers(1, 300)),
@@ -153,6 +154,20 @@ class Serving(RuleBasedStateMachine):
     def work(self, turns):
         for _ in range(turns):
             self.turn()
+
+    @rule(handed_out=st.booleans())
+    def fail(self, handed_out):
+        """A step cannot be handed out, or its results are an error; the device has lost whatever it held."""
+        if handed_out and self.scheduler.next_prefill() is None:
+            with contextlib.suppress(MustDrain):
+                self.scheduler.next_decode(outstanding=bool(self.pending))
+        self.pending.clear()
+        fresh = self.scheduler.start_over()
+        self.device = Device(self.scheduler, self.device.num_blocks)
+        self.failures += 1
+        assert all(text.status is Status.WAITING for text in self.texts if text.status is not Status.ENDED)
+        assert set(fresh) == {text for text in self.texts if text.status is Status.WAITING and not text.output}
+        assert not any(text.preemptions for text in fresh)
 
     def turn(self) -> bool:
         """One turn of the loop, as the runner takes it; whether it did anything."""
@@ -245,7 +260,7 @@ class Serving(RuleBasedStateMachine):
                 first = 1 + text.slot * self.slot_blocks
                 assert text.blocks == [*range(first, first + len(text.blocks))]
                 assert len(text.blocks) <= self.slot_blocks, "a block of another slot is written"
-                assert not text.preemptions
+                assert text.preemptions <= self.failures
             slots = [text.slot for text in running]
             assert len(set(slots)) == len(slots)
             assert all(slot in range(self.scheduler.slots) for slot in slots)
