@@ -5,8 +5,9 @@
 First every case of the tests, small and large, against ``jax.numpy`` in float32, two layers one after the other.
 Then chains of layers of a 7B Llama with weights of their own, one sequence of 512 tokens: microseconds a layer, as a
 CUDA graph handed out back to back; the limit is what its bytes take at the copy bandwidth measured in the same run.
-``--ablate`` also times the kernel with parts left out, whose results are wrong. Each figure is printed and the file
-written as soon as it is there; nothing is begun for which no time is left.
+``--ablate`` also times the kernel with parts left out, whose results are wrong, or with another ring; ``--trace`` has
+it note when its blocks get where in a layer. Each figure is printed and the file written as soon as it is there;
+nothing is begun for which no time is left.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ import numpy as np
 
 import pallas_kernels as ops
 from jaxinfer.bench import measure_limits
-from pallas_kernels import layer_mosaic, layer_plan, layer_stream
+from pallas_kernels import layer_mosaic, layer_plan, layer_stream, layer_threads
 from pallas_kernels.decoder_layers import decoder_layers, plan_of
-from tests.pallas_kernels.layer_cases import LARGE, LLAMA, SMALL, operands, static
+from pallas_kernels.layer_plan import MARKS
+from tests.pallas_kernels.layer_cases import LARGE, LLAMA, SMALL, by_plan, operands, static
 
 LAYERS = 8
 ROUNDS = 8
 """Times that a call goes through the layers: the host takes longer to hand out one than a GPU to run it."""
 
 
-ABLATIONS = ("no waiting", "no waiting, no attention", "half the ring", "no pause", "long pause", "lag 2")
+ABLATIONS = (
+    "no waiting", "no waiting, no attention", "half the ring", "no pause", "long pause", "lag 2", "one chain",
+    *(f"ahead {stages}" for stages in (1, 2, 4, 6, 8)),
+)  # fmt: skip
 
 
 class Bench:
@@ -183,6 +188,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["bfloat16", "int8", "int4", "fp8"])
     parser.add_argument("--cases", nargs="*", default=list(SMALL | LARGE), help="to check")
     parser.add_argument("--ablate", nargs="*", default=[], choices=ABLATIONS, help="also time the kernel so")
+    parser.add_argument("--trace", action="store_true", help="also say where in a layer the time goes")
     parser.add_argument("--alone", action="store_true", help="without the kernels of the parts")
     bench = Bench(parser.parse_args())
     if bench.given.kinds:
@@ -209,9 +215,50 @@ def main() -> None:
                 bench.note(name, {"us": us, "limit_us": limit, "share": limit / us, "layers": LAYERS})
             except Exception as error:
                 bench.note(name, f"{type(error).__name__}: {error}"[:600])
+            del given
+            if whole and bench.given.trace and not bench.late(10):
+                for ahead in (0, 4):
+                    bench.note(f"{kind} trace, ahead {ahead}", trace(case, ahead))
             if whole and bench.given.ablate and not bench.late(10):
                 ablate(bench, kind, case)
-            del given
+
+
+def trace(case: Any, ahead: int) -> dict[str, Any]:
+    """Where in a layer the time goes: :func:`phases` of a launch of several."""
+    _, (x, layers, caches), _ = chain(case, True)
+    small = dataclasses.replace(case, hidden=64, groups=1, wide=64, weight=None)
+    (_, _, _, tables, positions), rotary = operands(small, seed=None, layers=1)
+    run = jax.jit(functools.partial(by_plan, case=case, ahead=ahead, traced=True))
+    for _ in range(4):
+        x, caches, noted = run((x, layers, list(caches), tables, positions), rotary)
+    return phases(np.asarray(noted))
+
+
+def phases(noted: np.ndarray) -> dict[str, Any]:
+    """Microseconds from each mark of a layer to the next one, and between the first and the last block at it.
+
+    Means over blocks and over layers but for the first, whose input is there when it begins.
+
+    Args:
+        noted: as ``LayerPlan.trace`` has it.
+    """
+    there = (noted[1:] != 0).any(-1)  # [layer, mark, block]
+    cycles, nanoseconds = (noted.view(np.uint32)[1:, :, :, i] for i in (0, 1))
+    whole = [(values[-1, -1] - values[0, -1]).astype(np.float64) for values in (cycles, nanoseconds)]
+    per_us = float(np.mean(1e3 * whole[0] / whole[1]))
+    found: dict[str, Any] = {"cycles per us": per_us}
+    before = np.concatenate((np.zeros_like(cycles[:1, -1]), cycles[:-1, -1]))  # of the layer before
+    for number, name in enumerate(MARKS):
+        now, own = cycles[:, number], there[:, number].copy()
+        if number == 0:
+            own[0] = False
+        late = [row[here] for row, here in zip(nanoseconds[:, number], there[:, number], strict=True) if here.any()]
+        taken = (now - before)[own].astype(np.float64) / per_us
+        spread = [float((row - row[0]).view(np.int32).max() - (row - row[0]).view(np.int32).min()) for row in late]
+        found[name] = {"us": float(taken.mean()), "spread_us": float(np.mean(spread)) / 1e3}
+        before = np.where(there[:, number], now, before)
+    found["layer_us"] = float(np.mean(whole[1])) / 1e3 / (len(cycles) - 1)
+    return found
 
 
 def ablate(bench: Bench, kind: str, case: Any) -> None:
@@ -222,7 +269,7 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
     from pallas_kernels import registers
     from pallas_kernels.registers import Registers
 
-    pause, lag = registers.PAUSE, layer_plan.LAG
+    pause, lag, ahead, chains = registers.PAUSE, layer_plan.LAG, layer_plan.AHEAD, layer_threads.CHAINS
     receive, attend, by_stages = Registers.receive, layer_mosaic.attend, plan.stages
 
     def glance(self: Any, addresses: Any, number: Any, pairs: bool = False) -> Any:
@@ -238,6 +285,10 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
             registers.PAUSE = 0 if name == "no pause" else 200
         if name == "lag 2":
             layer_plan.LAG = layer_stream.LAG = 2
+        if name == "one chain":
+            layer_threads.CHAINS = 1
+        if name.startswith("ahead"):
+            layer_plan.AHEAD = int(name.split()[1])
         if name == "half the ring":
             module = sys.modules["pallas_kernels.decoder_layers"]  # the name is the function's
             stages = by_stages // 2 + 1
@@ -251,6 +302,7 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
             bench.note(f"{kind} {name}", f"{type(error).__name__}: {error}"[:300])
         Registers.receive, layer_mosaic.attend = receive, attend  # type: ignore[method-assign]
         registers.PAUSE, layer_plan.LAG, layer_stream.LAG = pause, lag, lag
+        layer_plan.AHEAD, layer_threads.CHAINS = ahead, chains
         if name == "half the ring":
             module.divided = kept
     jax.clear_caches()

@@ -124,7 +124,7 @@ def decoder_layers(
     count = -(-len(layers) // -(-len(layers) // most))  # of a launch, all of about as many
     for start in range(0, len(layers), count):
         some = tuple(layers[start : start + count])
-        x, new = layer_mosaic.run(
+        x, new, _ = layer_mosaic.run(
             x, some, tuple(caches[start : start + count]), tables, slots, lengths, rotary,
             plan=dataclasses.replace(plan, layers=len(some)),
         )  # fmt: skip

@@ -41,9 +41,11 @@ def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> Non
 
         o.loop(-(-plan.per_group // HEADS), [], heads)
         o.sync()
+        memory.mark(o, "keys")
         for part in range(-(-plan.per_group * plan.dim // THREADS)):
             _together(o.fresh(), plan, memory, smem, whose, split, part * THREADS)
         o.sync()
+        memory.mark(o, "attended")
         return carry
 
     o.loop(count, [], unit)
@@ -100,6 +102,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         if plan.per_group % HEADS and plan.per_group > HEADS:  # there may be none: its values go nowhere
             number = o.select(number < plan.per_group, number, 0)
         queries.append([v for word in head_words(number) for v in o.unpack(plan.kind, word)])
+    memory.mark(o, "query")
 
     def add(carry: list[Any], keys: list[list[Any]], values: list[list[Any]], seen: list[Any]) -> list[Any]:
         """Attend to some keys more: of each load a lane's 8 entries of a key and a value, and whether it is seen."""

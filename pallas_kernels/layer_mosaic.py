@@ -42,7 +42,7 @@ def run(
     rotary: tuple[jax.Array, jax.Array] | None,
     *,
     plan: LayerPlan,
-) -> tuple[jax.Array, tuple[Cache, ...]]:
+) -> tuple[jax.Array, tuple[Cache, ...], jax.Array | None]:
     """Run the kernel on operands that :func:`pallas_kernels.decoder_layers` has checked.
 
     Args:
@@ -56,7 +56,7 @@ def run(
         plan: of these operands.
 
     Returns:
-        [M, H], and the caches.
+        [M, H], the caches, and of a traced plan int32 [layers, marks, blocks, 2]: see ``LayerPlan.trace``.
     """
     # Imported here, since it needs what only a GPU's JAX has to run, and takes a second.
     from pallas_kernels.registers import Registers
@@ -67,8 +67,10 @@ def run(
     own = [parameters_of(layer, plan) for layer in layers]
     # References that the kernel closes over are aliased: what it does not write is left as it is.
     blocks = [[jax.new_ref(array) for array in cache] for cache in caches]
-    exchange = jax.new_ref(jnp.zeros(plan.exchange, jnp.int32))
-    names = [*operands, "result", "exchange"]
+    exchanged = {"exchange": jax.new_ref(jnp.zeros(plan.exchange, jnp.int32))}
+    if plan.traced:
+        exchanged["trace"] = jax.new_ref(jnp.zeros(plan.trace, jnp.int32))
+    names = [*operands, "result", *exchanged]
     each = len(own[0])
 
     def body(*refs: Any, **smem: Any) -> None:
@@ -84,7 +86,7 @@ def run(
             smem_of = dict(zip(smem, shared, strict=True))
             layer_threads.run(Registers(THREADS), plan, ref, smem_of, attend)
 
-        memory = [*refs[: len(operands)], refs[-1], exchange]
+        memory = [*refs[: len(operands)], refs[-1], *exchanged.values()]
         layers = [list(refs[len(operands) + i * each : len(operands) + (i + 1) * each]) for i in range(plan.layers)]
         kind = plgpu.RefType
         types = (
@@ -105,4 +107,5 @@ def run(
         kernel_name="decoder_layers",
     )
     y = kernel(*operands.values(), *(array for layer in own for array in layer.values()))
-    return y, tuple((jax.freeze(keys), jax.freeze(values)) for keys, values in blocks)
+    written = tuple((jax.freeze(keys), jax.freeze(values)) for keys, values in blocks)
+    return y, written, jax.freeze(exchanged["trace"]) if plan.traced else None

@@ -26,6 +26,9 @@ ROW_PITCH = ROW + 64
 LAG = 1
 """Steps after which what a block has multiplied is replaced in the ring: by then all its warps have read it."""
 
+AHEAD = 0
+"""Stages that are brought into the L2 cache before there is room for them in the ring; see ``LayerPlan.ahead``."""
+
 PARAMETERS = 480
 """Arrays that a kernel is given at most: their addresses are 8 bytes each of 4 KiB."""
 
@@ -42,6 +45,16 @@ NAMES = ("qkv", "out", "up", "down")
 """Of the products."""
 
 QKV, OUT, UP, DOWN = range(4)
+
+MARKS = tuple(
+    mark
+    for name in NAMES
+    for mark in (
+        *(f"{name} {what}" for what in ("received", "staged", "multiplied", "sent")),
+        *(("query", "keys", "attended") if name == "qkv" else ()),
+    )
+)
+"""Moments of a layer that a traced kernel notes, in order: of each product, and of attention after the first."""
 
 PAIRS = 8
 """Pairs of channels of a tile."""
@@ -149,6 +162,8 @@ class LayerPlan:
         blocks: of the grid; all are there at once, one on each SM.
         splits: parts of a sequence's keys.
         stages: of the ring.
+        ahead: stages that are on their way into the L2 cache behind those that are on their way into the ring.
+        traced: note when each block gets to each of :data:`MARKS`.
     """
 
     layers: int
@@ -171,6 +186,8 @@ class LayerPlan:
     blocks: int = SMS
     splits: int = 1
     stages: int = LAG + 1
+    ahead: int = 0
+    traced: bool = False
 
     @property
     def bits(self) -> int:
@@ -277,6 +294,11 @@ class LayerPlan:
         return 2 * self.m * sum(count for _, count in self.packets.values())
 
     @property
+    def trace(self) -> tuple[int, ...]:
+        """Shape of what is noted: for each layer, mark and block the SM's cycles and the GPU's nanoseconds."""
+        return self.layers, len(MARKS), self.blocks, 2
+
+    @property
     def group_sums(self) -> int:
         """Bytes of the sums of x over each group."""
         if not self.factors:
@@ -297,7 +319,8 @@ class LayerPlan:
     def arrays(self) -> dict[str, int]:
         """Bytes of each array in shared memory."""
         sizes = {
-            "ring": self.stages * self.stage, "barriers": 16 * self.stages, "cursors": WARPS * ENTRY,
+            "ring": self.stages * self.stage, "barriers": 16 * self.stages,
+            "cursors": WARPS * ENTRY * (2 if self.ahead else 1),
             "staged": self.staging,
             "sums": self.sums, "table": self.table, "pointers": self.pointers, "scratch": self.scratch,
             "group_sums": self.group_sums,
@@ -327,6 +350,6 @@ def divided(plan: LayerPlan) -> LayerPlan:
     """The plan with splits and stages chosen: all SMs attend, and the ring is what shared memory has left."""
     units = plan.m * plan.groups
     splits = max(1, min(MAX_SPLITS, plan.blocks // units, plan.width * BLOCK_SIZE // (WARPS // 2 * plan.tokens)))
-    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1)
+    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1, ahead=AHEAD)
     room = SMEM_PER_SM - 2048 - (plan.shared - (LAG + 1) * plan.stage)
     return dataclasses.replace(plan, stages=max(LAG + 1, min(24, room // plan.stage)))

@@ -73,10 +73,14 @@ def stage(o: Any, plan: LayerPlan, which: int, vectors: list[Any], memory: Memor
 
     if norm is None:
         for token in range(plan.m):
-            for i, words in enumerate(received(token)):
-                place(i, token, ordered(o, words, order))
+            words = received(token)
+            if token == plan.m - 1:
+                memory.mark(o, f"{NAMES[which]} received")
+            for i, run in enumerate(words):
+                place(i, token, ordered(o, run, order))
         return
     tokens = [received(token) for token in range(plan.m)]
+    memory.mark(o, f"{NAMES[which]} received")
     sizes = _sizes(o, plan, norm, product.inputs, [words for token in tokens for words in token], smem)
     each = len(vectors) // len(runs)
     for i, (_, inside) in enumerate(runs):

@@ -12,6 +12,7 @@ from pallas_kernels.layer_plan import (
     CHUNK,
     ENTRY,
     LAG,
+    MARKS,
     NAMES,
     PAIRS,
     PIECES,
@@ -71,6 +72,13 @@ class Memory:
         start, count = self.plan.packets[name]
         return self("exchange") + self.o.wide(token * count + number + start) * 8
 
+    def mark(self, o: Any, what: str) -> None:
+        """Note that the block's first warp is here, where the plan wants that."""
+        if self.plan.traced:
+            number = (self.layer * len(MARKS) + MARKS.index(what)) * self.plan.blocks + o.block
+            at = self("trace") + o.wide(number) * 8
+            o.when(o.thread < 1, lambda: o.note_time(at))
+
     def of_layer(self, layer: Any, number: Any) -> Any:
         """The address of the array of a layer with a number in ``plan.parameters``."""
         at = self.table + (layer * len(self.plan.parameters) + number) * 8
@@ -86,7 +94,8 @@ class Stream:
 
     A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
     for its row, in shared memory, since registers are few. It runs ahead of what is multiplied, and does not wait where
-    the products wait for each other.
+    the products wait for each other. A second one may run ahead of it and have rows brought into the L2 cache: a ring
+    longer than shared memory is.
     """
 
     def __init__(self, o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
@@ -96,6 +105,7 @@ class Stream:
         self.full = o.shared(smem["barriers"])
         self.empty = self.full + 8 * plan.stages
         self.cursor = o.shared(smem["cursors"]) + o.warp * ENTRY
+        self.scout = self.cursor + WARPS * ENTRY
         self.entries = o.constant(0)
         for which, product in enumerate(plan.products):
             first, count = tiles_of(o, plan, which)
@@ -137,17 +147,33 @@ class Stream:
 
     def fill(self) -> None:
         """Start to copy as much as the ring holds before anything is multiplied."""
-        zero = self.o.constant(0)
-        self._go_to(zero, zero)
+        o, plan = self.o, self.plan
+        zero = o.constant(0)
+        self._go_to(self.cursor, zero, zero)
 
         def fetch(slot: Any, carry: list[Any]) -> list[Any]:
-            self(slot)
+            self._copy(slot)
             return carry
 
-        self.o.loop(self.plan.stages - LAG, [], fetch)
+        o.loop(plan.stages - LAG, [], fetch)
+        if plan.ahead:
+            for i in range(0, ENTRY, 16):
+                o.store_shared(self.scout + i, o.load_shared(self.cursor + i, 4))
 
-    def _go_to(self, layer: Any, entry: Any) -> None:
-        """Put the cursor at the beginning of a tile."""
+            def search(_: Any, carry: list[Any]) -> list[Any]:
+                self._search()
+                return carry
+
+            o.loop(plan.ahead, [], search)
+
+    def __call__(self, slot: Any) -> None:
+        """Start to copy what is next into a stage that is empty."""
+        self._copy(slot)
+        if self.plan.ahead:
+            self._search()
+
+    def _go_to(self, cursor: Any, layer: Any, entry: Any) -> None:
+        """Put a cursor at the beginning of a tile."""
         o, plan = self.o, self.plan
         at = self.table + entry * ENTRY
         offset, line, apart, steps = o.load_shared(at, 4)
@@ -157,17 +183,44 @@ class Stream:
         row = o.warp % PAIRS * line + o.select(o.warp < PAIRS, 0, apart)
         source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(row)
         # By all lanes: it is the same.
-        o.store_shared(self.cursor, [layer, entry, o.constant(0), steps])
-        o.store_shared(self.cursor + 16, [*o.halves(source), o.select(there, line, 0), across])
+        o.store_shared(cursor, [layer, entry, o.constant(0), steps])
+        o.store_shared(cursor + 16, [*o.halves(source), o.select(there, line, 0), across])
         if plan.factors:
             number = o.load_shared(at + 32)[0]
             beside = self.memory.of_layer(held, number) + o.wide(factors)
-            o.store_shared(self.cursor + 32, [*o.halves(beside), factors_apart, across])
+            o.store_shared(cursor + 32, [*o.halves(beside), factors_apart, across])
 
-    def __call__(self, slot: Any) -> None:
-        """Start to copy what the cursor stands at into a stage that is empty, and move it on."""
+    def _move_on(self, cursor: Any, now: list[Any], source: Any, left: Any, across: Any) -> None:
+        """Put a cursor at the next step, of its tile or of the next."""
+        o = self.o
+        layer, entry, step, steps = now
+
+        def following() -> list[Any]:
+            last = self.entries < entry + 2
+            self._go_to(cursor, o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
+            return []
+
+        def onward() -> list[Any]:
+            o.store_shared(cursor, [layer, entry, step + 1, steps])
+            more = [*o.halves(source + ROW), o.select(left < ROW, 0, left - ROW), across]
+            o.store_shared(cursor + 16, more)
+            return []
+
+        o.branch(step + 1 < steps, onward, following, [])
+
+    def _search(self) -> None:
+        """Have what the scout stands at brought into the L2 cache, and move it on."""
+        o = self.o
+        now = o.load_shared(self.scout, 4)
+        low, high, left, across = o.load_shared(self.scout + 16, 4)
+        source = o.address(low, high)
+        o.prefetch_rows(source, o.select(left < ROW, left, ROW))
+        self._move_on(self.scout, now, source, left, across)
+
+    def _copy(self, slot: Any) -> None:
+        """Start to copy what the cursor stands at into a stage, and move it on."""
         o, plan = self.o, self.plan
-        layer, entry, step, steps = o.load_shared(self.cursor, 4)
+        now = o.load_shared(self.cursor, 4)
         low, high, left, across = o.load_shared(self.cursor + 16, 4)
         source = o.address(low, high)
         base = self.ring + slot * plan.stage
@@ -181,25 +234,13 @@ class Stream:
             for group in range(each):
                 # The bytes before the group's are there wherever the group is.
                 inside = o.warp * (PIECES * CHUNK) + group * (CHUNK // plan.factors) < left
-                index = (step * WARPS + o.warp) * each + group
+                index = (now[2] * WARPS + o.warp) * each + group
                 first = beside + o.wide(index * across)
                 for half in range(2):
                     there = first + o.wide(factors_apart) if half else first
                     o.copy_async(goal + (2 * group + half) * 4 * THREADS, there, 4, o.select(inside, 4, o.constant(0)))
             o.commit_copies()
-
-        def following() -> list[Any]:
-            last = self.entries < entry + 2
-            self._go_to(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
-            return []
-
-        def onward() -> list[Any]:
-            o.store_shared(self.cursor, [layer, entry, step + 1, steps])
-            more = [*o.halves(source + ROW), o.select(left < ROW, 0, left - ROW), across]
-            o.store_shared(self.cursor + 16, more)
-            return []
-
-        o.branch(step + 1 < steps, onward, following, [])
+        self._move_on(self.cursor, now, source, left, across)
 
     def await_full(self, slot: Any, parity: Any) -> None:
         """Wait until a stage has come."""

@@ -30,6 +30,9 @@ from pallas_kernels.layer_staging import stage, vectors_of_norm
 from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
 from pallas_kernels.quantized_threads import widen
 
+CHAINS = 4
+"""Sums that a warp adds products to in turn, since each product waits for the one before it in its sum."""
+
 TARGETS = {OUT: "middle", UP: "between", DOWN: "stream"}
 
 
@@ -49,8 +52,7 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
     def products(totals: Sequence[Any], words: list[list[Any]], pairs: list[list[Any]]) -> list[Any]:
         low, high = ([part for word in half for part in widen_any(o, plan, word)] for half in words)
-        # Several chains, since each product waits for the one before it.
-        chains = [list(totals), *([zero] * 4 for _ in range(min(4, len(low) // 2) - 1))]
+        chains = [list(totals), *([zero] * 4 for _ in range(min(CHAINS, len(low) // 2) - 1))]
         for i in range(len(low) // 2):
             a = [low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]]
             chains[i % len(chains)] = o.mma(plan.kind, a, pairs[i], chains[i % len(chains)])
@@ -339,17 +341,21 @@ def run(
                 staged()
             added = load_row(o, plan, which, result, memory) if which in (OUT, DOWN) else None
             o.sync()
+            memory.mark(o, f"{NAMES[which]} staged")
             carry = multiply(o, plan, which, stream, smem, carry)
             o.sync()
+            memory.mark(o, f"{NAMES[which]} multiplied")
             if plan.per_group > 2:  # who attends with many heads has no registers for what is known before
                 o = thread.fresh()
                 result = Result.of(o, plan, which)
             values = affine(result.sums(o, plan, smem), factors, biases)
             if which == QKV:
                 finish_qkv(o, plan, result, values, angles, memory)
+                memory.mark(o, "qkv sent")
                 attend(thread.fresh(), plan, memory, smem)
             else:
                 finish_row(o, plan, which, result, values, added, memory)
+                memory.mark(o, f"{NAMES[which]} sent")
         return carry
 
     o.loop(plan.layers, [o.constant(0), o.constant(0)], layer)

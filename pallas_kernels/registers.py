@@ -316,6 +316,14 @@ class Registers:
             target, source, size, barrier, Reg(_constant(0x12F0000000000000, _type("i64"))), convergent=True,
         )  # fmt: skip
 
+    def prefetch_rows(self, source: Reg, size: Reg) -> None:
+        """Warp: start to bring ``size`` bytes, a multiple of 16, from global memory into the L2 cache."""
+        _asm(
+            "{ .reg .pred one, some; elect.sync _|one, 0xffffffff; setp.ne.and.u32 some, $1, 0, one; "
+            "@some cp.async.bulk.prefetch.L2.global [$0], $1; }",
+            source, size, convergent=True,
+        )  # fmt: skip
+
     def init_barriers(self, address: Reg, number: int, arrivals: int) -> None:
         """Make barriers of 8 bytes each in shared memory; by one thread, before all others meet."""
         for i in range(number):
@@ -414,6 +422,14 @@ class Registers:
         )
         found: list[Reg] = _asm(text, number, *addresses, results=["i32"] * words)
         return found
+
+    def note_time(self, address: Reg) -> None:
+        """Write the SM's cycles and the GPU's nanoseconds, the low 32 bits of each, into 8 bytes of global memory."""
+        text = (
+            "{ .reg .b32 cycles, nanoseconds; mov.u32 cycles, %clock; mov.u32 nanoseconds, %globaltimer_lo; "
+            "st.global.v2.b32 [$0], {cycles, nanoseconds}; }"
+        )
+        _asm(text, address)
 
     # Waiting for others.
 

@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import decoder_layers  # noqa: E402
 import recorder  # noqa: E402
 import shapes  # noqa: E402
 import step_trace  # noqa: E402
@@ -23,6 +24,7 @@ import table_ours  # noqa: E402
 import table_peer  # noqa: E402
 
 from jaxinfer.bench import Limits  # noqa: E402
+from pallas_kernels.layer_plan import MARKS  # noqa: E402
 
 LIMITS = Limits(device="box", devices=1, dtype="bfloat16", bandwidth=4e12, matmul=8e14)
 
@@ -40,6 +42,22 @@ def test_kernels_and_gaps_are_summed_up():
     assert (found["gaps"], found["longest_gaps_us"], found["launches"]) == (0.5, [5.0], 1.5)
     assert found["kernels"] == [{"name": "a", "launches": 1.0, "us": 6.5}]
     assert "error" in step_trace.summary([], 1)
+
+
+def test_times_noted_in_a_kernel_become_phases():
+    """Clocks that differ from SM to SM and run over; a block that does not attend; one that is late at every mark."""
+    layers, blocks, steps = 3, 4, np.arange(1, len(MARKS) + 1)
+    us = np.cumsum(np.tile(steps, layers)).reshape(layers, -1, 1) + np.array([0, 0, 0, 0.5])
+    cycles = 1500 * us + np.array([10, 7e6, 2**32 - 30_000, 5])  # 1.5 GHz
+    noted = np.stack([cycles, 1000 * us + 2**32 - 100_000], -1).astype(np.uint64).astype(np.uint32)
+    noted[:, MARKS.index("keys"), 1] = 0
+    found = decoder_layers.phases(noted.view(np.int32))
+    assert found["cycles per us"] == pytest.approx(1500)
+    assert found["layer_us"] == pytest.approx(steps.sum())
+    for name, step in zip(MARKS, steps, strict=True):
+        expected = step + (step - 1) / blocks if name == "attended" else step  # who did not attend came from before
+        assert found[name]["us"] == pytest.approx(expected)
+        assert found[name]["spread_us"] == pytest.approx(0.5)
 
 
 def test_bytes_and_operations_of_a_7b_llama():

@@ -27,7 +27,7 @@ class Emulated:
         self.used = 0
         self.gmem = np.zeros(0, np.uint8)
         self.open, self.groups = [], []
-        self.barriers, self.rows = {}, []
+        self.barriers, self.rows, self.copied, self.fetched, self.time = {}, [], [], [], 0
 
     def place(self, array):
         """Put an array into global memory; its address stands for the reference."""
@@ -193,6 +193,19 @@ class Emulated:
             self.groups[number] = copies, left & ~now
         self.groups = [group for group in self.groups if group[1].any()]
 
+    def prefetch_rows(self, source, size):
+        for value in (source, size):
+            assert (value.reshape(self.blocks, -1, 32) == value.reshape(self.blocks, -1, 32)[..., :1]).all()
+        own = self.active & (self.lane == 0) & (size > 0)
+        assert (source % np.uint64(16) == 0)[own].all()
+        assert (size % 16 == 0)[own].all()
+        assert (source + size.astype(np.uint64) <= self.gmem.size)[own].all()
+        self.fetched += [(block, int(source[block, t]), int(size[block, t])) for block, t in np.argwhere(own)]
+
+    def note_time(self, address):
+        self.time += 1
+        self._store_memory(address, [self.constant(self.time), self.constant(1000 * self.time)])
+
     def init_barriers(self, address, number, arrivals):
         for block, thread in np.argwhere(self.active):
             for i in range(number):
@@ -208,6 +221,7 @@ class Emulated:
             one = [int(value[block, thread]) for value in (target, source, size, barrier)]
             assert not any(value % 16 for value in one[:3])
             self.rows.append((block, *one))
+            self.copied.append((block, *one[1:3]))
         self.arrive(barrier)
 
     def arrive(self, barrier):

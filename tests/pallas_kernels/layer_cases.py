@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decoder_layers import LayerOperands, decoder_layers
+from pallas_kernels.decoder_layers import LayerOperands, decoder_layers, plan_of
+from pallas_kernels.qkv_gemm import slots_of
 from pallas_kernels.skinny_gemm import InputNorm
 
 
@@ -152,10 +153,31 @@ def compiled(case, layers):
     return function, (arguments, rotary)
 
 
+def by_plan(arguments, rotary, case, **changes):
+    """As `decoder_layers`, in one launch of a plan that is changed; also what a traced one notes."""
+    from pallas_kernels import layer_mosaic  # it takes a second, and not all who are here need it
+
+    x, layers, caches, tables, positions = arguments
+    plan = dataclasses.replace(plan_of(x, layers, caches, tables, rotary=rotary, **static(case)), **changes)
+    slots = slots_of(tables, positions[:, None], caches[0][0].shape[0])[:, 0]
+    lengths = jnp.maximum(positions + 1, 0)
+    return layer_mosaic.run(x, tuple(layers), tuple(caches), tables, slots, lengths, rotary, plan=plan)
+
+
+def compiled_by_plan(case, layers, **changes):
+    """A function of a plan that is changed and its arguments' shapes, to compile."""
+    given = jax.eval_shape(lambda: operands(case, None, layers))
+    return functools.partial(by_plan, case=case, **changes), given
+
+
 # Of the small ones those that are not like a large one.
 CASES = {
     name: functools.partial(compiled, case, 2)
     for name, case in (SMALL | LARGE).items()
     if name in LARGE or name in ("exact gelu, window", "tanh gelu", "int4, groups of 64", "float16", "heads of 256")
 }
+for _name in ("llama", "llama int4"):
+    CASES[f"{_name}, fetched ahead, traced"] = functools.partial(
+        compiled_by_plan, LARGE[_name], 2, ahead=4, traced=True
+    )
 CASES["32 layers of llama int8"] = functools.partial(compiled, LARGE["llama int8"], 32)

@@ -173,7 +173,7 @@ def test_a_launch_is_given_no_more_arrays_than_it_can_take(name, monkeypatch):
     def run(x, layers, caches, *_, plan):
         assert plan.layers == len(layers) == len(caches)
         seen.append(len(layers))
-        return x + 1, caches
+        return x + 1, caches, None
 
     monkeypatch.setattr(layer_mosaic, "run", run)
     arguments, rotary = jax.eval_shape(lambda: operands(case, None, 80))

@@ -13,7 +13,7 @@ from pallas_kernels import layer_threads
 from pallas_kernels.decoder_layers import plan_of, reference
 from pallas_kernels.layer_attention import attend
 from pallas_kernels.layer_mosaic import parameters_of
-from pallas_kernels.layer_plan import THREADS, divided
+from pallas_kernels.layer_plan import MARKS, THREADS, divided
 from pallas_kernels.qkv_gemm import slots_of
 from tests.pallas_kernels.emulated import Emulated
 from tests.pallas_kernels.layer_cases import SMALL, Case, operands, static
@@ -44,6 +44,8 @@ def emulate(plan, arguments, rotary):
     own = [one | {"keys": cache[0], "values": cache[1]} for one, cache in zip(own, caches, strict=True)]
     ref |= {name: [o.place(bits_of(layer[name])) for layer in own] for name in plan.parameters}
     smem = {name: o.reserve(size) for name, size in plan.arrays.items()}
+    if plan.traced:
+        ref["trace"] = o.place(np.zeros(plan.trace, np.uint32))
     with np.errstate(invalid="ignore", over="ignore"):
         layer_threads.run(o, plan, ref, smem, attend)
     assert not o.groups
@@ -54,7 +56,8 @@ def emulate(plan, arguments, rotary):
         return o.gmem[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
 
     written = [[read(ref[name][i], layer[name]) for name in ("keys", "values")] for i, layer in enumerate(own)]
-    return read(ref["result"], given["result"]), written
+    noted = read(ref["trace"], np.zeros(plan.trace, np.uint32)) if plan.traced else None
+    return read(ref["result"], given["result"]), written, noted
 
 
 def plan_for(arguments, rotary, case, splits, blocks=BLOCKS):
@@ -73,17 +76,39 @@ def test_splits_of_the_keys_come_together(name):
     compute(SMALL[name], 2)
 
 
+@pytest.mark.parametrize("name", ["plain", "int4, groups of 64"])
+def test_what_is_fetched_ahead_changes_nothing(name):
+    plan = compute(SMALL[name], 1, ahead=2)
+    assert plan.ahead == 2
+
+
+def test_a_traced_kernel_notes_when_it_is_where():
+    """In order; a block that attends to nothing has nothing to note of it."""
+    case = SMALL["plain"]
+    arguments, rotary = operands(case)
+    plan = dataclasses.replace(plan_for(arguments, rotary, case, 1), traced=True)
+    times = emulate(plan, arguments, rotary)[2]
+    assert times.shape == (2, len(MARKS), BLOCKS, 2)
+    for block in range(BLOCKS):
+        attends = block < plan.m * plan.groups
+        names = [name for name in MARKS if attends or name not in ("query", "keys", "attended")]
+        noted = [times[layer, MARKS.index(name), block, 0] for layer in range(2) for name in names]
+        assert noted == sorted(set(noted))
+        assert (times[:, :, block, 0] == 0).sum() == 2 * (len(MARKS) - len(names))
+    assert (times[..., 1] == 1000 * times[..., 0]).all()
+
+
 def test_blocks_without_tiles_do_nothing():
     case = Case(hidden=64, groups=1, wide=64, lengths=(70,))
     plan = compute(case, 1, blocks=40)
     assert sum(product.tiles for product in plan.products) < 40
 
 
-def compute(case, splits, blocks=BLOCKS):
+def compute(case, splits, blocks=BLOCKS, ahead=0):
     arguments, rotary = operands(case)
-    plan = plan_for(arguments, rotary, case, splits, blocks)
+    plan = dataclasses.replace(plan_for(arguments, rotary, case, splits, blocks), ahead=ahead)
     assert plan.problem() is None
-    got, caches = emulate(plan, arguments, rotary)
+    got, caches, _ = emulate(plan, arguments, rotary)
     expected, written = reference(*arguments, rotary=rotary, **static(case))
     real = np.asarray(arguments[4]) >= 0
     tolerance = 2e-2 if case.dtype == "bfloat16" else 3e-3
