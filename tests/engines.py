@@ -29,7 +29,7 @@ def of(folder: Path, **options: Any) -> InferenceEngine:
         "mesh": {"tensor": 1},
         "decode_chunk": 4,
         "max_batch": 4,
-        "prefill_chunk": 32,
+        "prefill_chunk": 48,
         "prefill_tokens": 128,
         "progress": False,
     }

@@ -37,7 +37,7 @@ def root(tmp_path_factory):
 
 
 def engine(folder, mesh=None, **options):
-    settings = {"dtype": "float32", "max_batch": 4, "prefill_chunk": 32, "decode_chunk": 8, "progress": False}
+    settings = {"dtype": "float32", "max_batch": 4, "prefill_chunk": 48, "decode_chunk": 8, "progress": False}
     return init_inference(folder, mesh=mesh or {"data": 1}, **settings | options)
 
 

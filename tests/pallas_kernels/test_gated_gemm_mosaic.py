@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gated_gemm import GatedConfig, gated_gemm
-from tests import aot
+from tests import aot, interpreted
 from tests.pallas_kernels import gated_gemm_cases
 from tests.pallas_kernels.textbook import array, exact
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Rows, channels and inputs that fill no tile, rings longer and shorter than the loop, programs with several tiles.
 INTERPRETED: dict[str, dict[str, Any]] = {
@@ -46,14 +41,14 @@ def interpret(m: int, n: int, k: int, activation: Any = None, dtype: str = "bflo
     return float(np.abs(np.asarray(y, np.float64) - z).max() / np.abs(z).max())
 
 
+def run_case(name: str) -> str:
+    return str(interpret(**INTERPRETED[name]))
+
+
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_kernel_is_exact_to_rounding(name: str):
-    # In a process of its own: a thread of interpret mode that fails can leave the others waiting for ever.
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_gated_gemm_mosaic", name]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
     # The result is rounded once: bfloat16 has 8 bits.
-    assert float(ran.stdout.split("error")[1]) < 2.0**-8
+    assert float(interpreted.result(__name__, INTERPRETED, name)) < 2.0**-8
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +66,3 @@ def test_compiles_for_hopper_without_spills(name: str, compiled: dict[str, aot.R
     assert report.registers, "no kernel of ours was compiled"
     assert report.spilled == 0
     assert not report.serialized, "ptxas serialized the wgmma pipeline"
-
-
-if __name__ == "__main__":
-    print("error", interpret(**INTERPRETED[sys.argv[1]]))

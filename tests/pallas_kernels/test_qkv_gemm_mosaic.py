@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,12 +10,11 @@ from hypothesis import strategies as st
 
 from pallas_kernels.qkv_gemm import Tuning, qkv_gemm
 from pallas_kernels.skinny_gemm import InputNorm
-from tests import aot
+from tests import aot, interpreted
 from tests.pallas_kernels import qkv_gemm_cases
 from tests.pallas_kernels.test_qkv_gemm import angles, exact, operands
 from tests.pallas_kernels.textbook import array
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"tile_k": 64, "stages": 2}
 
 # batch, tokens, groups, query heads of each, head size, K
@@ -101,22 +96,18 @@ def fuzz(seed, places, rotary):
     assert compare(given_, rest, Tuning(**SMALL)) < 2.0**-7
 
 
-def in_process_of_its_own(name):
-    # A thread of interpret mode that fails can leave the others waiting for ever.
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_qkv_gemm_mosaic", name]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return ran.stdout
+def run_case(name):
+    return fuzz() or "held" if name == "fuzz" else str(interpret(**INTERPRETED[name]))
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_kernel_is_exact_to_rounding(name):
     # The result is rounded once, x once before the product: bfloat16 has 8 bits.
-    assert float(in_process_of_its_own(name).split("error")[1]) < 2.0**-7
+    assert float(interpreted.result(__name__, INTERPRETED, name)) < 2.0**-7
 
 
 def test_a_token_is_written_to_its_own_row_and_nowhere_else():
-    assert "held" in in_process_of_its_own("fuzz")
+    assert interpreted.result(__name__, ["fuzz"], "fuzz") == "held"
 
 
 @pytest.fixture(scope="session")
@@ -134,11 +125,3 @@ def test_compiles_for_hopper_without_spills(name, compiled):
     assert report.registers, "no kernel of ours was compiled"
     assert report.spilled == 0
     assert not report.serialized, "ptxas serialized the wgmma pipeline"
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "fuzz":
-        fuzz()
-        print("held")
-    else:
-        print("error", interpret(**INTERPRETED[sys.argv[1]]))

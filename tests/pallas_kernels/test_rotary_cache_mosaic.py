@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,11 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.rotary_cache import rotary_cache
-from tests import aot
+from tests import aot, interpreted
 from tests.pallas_kernels import rotary_cache_cases
 from tests.pallas_kernels.rotary_cache_cases import angles
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # batch, tokens, groups, queries of each, dim, blocks of a sequence, starts, lengths. Chunks that fill their blocks,
 # that start and end within one, that cross one end to end, and a row of padding alone.
@@ -64,13 +60,13 @@ def interpret(name: str, implementation: Any) -> list[float]:
     return [float(np.abs(a - b).max()) for a, b in zip((query, *map(wide, written)), wanted, strict=True)]
 
 
+def run_case(name: str) -> str:
+    return json.dumps(interpret(name, "mosaic"))
+
+
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_kernel_is_the_naive_one(name: str):
-    # In a process of its own: a thread of interpret mode that fails can leave the others waiting for ever.
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_rotary_cache_mosaic", name]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    query, keys, values = (float(x) for x in ran.stdout.split("errors")[1].split())
+    query, keys, values = json.loads(interpreted.result(__name__, INTERPRETED, name))
     # Entries up to 8, rounded once to 8 bits.
     assert max(query, keys) <= 2.0**-6
     assert values == 0
@@ -90,7 +86,3 @@ def test_compiles_for_hopper_without_spills(name: str, compiled: dict[str, aot.R
     assert report.error is None
     assert report.registers, "no kernel of ours was compiled"
     assert report.spilled == 0
-
-
-if __name__ == "__main__":
-    print("errors", *interpret(sys.argv[1], "mosaic"))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.skinny_gemm import InputNorm, Tuning, skinny_gemm
-from tests import aot
+from tests import aot, interpreted
 from tests.pallas_kernels import skinny_gemm_cases
 from tests.pallas_kernels.textbook import array, exact
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Small, since interpret mode takes a fraction of a second a tile. Rows and channels that fill no tile, K that ends in
 # the middle of one, splits that get different numbers of tiles, rings longer and shorter than the loop.
@@ -98,14 +92,14 @@ def interpret(m, n, k, *, tuning, gated=False, norm=None, scale=True, shift=Fals
     return float(np.abs(np.asarray(y, np.float64) - z).max() / np.abs(z).max())
 
 
+def run_case(name):
+    return str(interpret(**INTERPRETED[name]))
+
+
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_kernel_is_exact_to_rounding(name):
-    # In a process of its own: a thread of interpret mode that fails can leave the others waiting for ever.
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_skinny_gemm_mosaic", name]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
     # The result is rounded once, x once before the product: bfloat16 has 8 bits.
-    assert float(ran.stdout.split("error")[1]) < 2.0**-7
+    assert float(interpreted.result(__name__, INTERPRETED, name)) < 2.0**-7
 
 
 def equations(jaxpr):
@@ -141,7 +135,3 @@ def test_compiles_for_hopper_without_spills(name, compiled):
     assert report.registers, "no kernel of ours was compiled"
     assert report.spilled == 0
     assert not report.serialized, "ptxas serialized the wgmma pipeline"
-
-
-if __name__ == "__main__":
-    print("error", interpret(**INTERPRETED[sys.argv[1]]))

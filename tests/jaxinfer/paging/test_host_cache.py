@@ -203,6 +203,37 @@ def test_slots_change_hands_while_what_was_written_is_on_its_way(offload, copies
         assert scheduler.idle
 
 
+@pytest.mark.parametrize("kv_offload", ["host", None])
+def test_a_pass_that_fails_between_two_layers_harms_no_other_caller(kv_offload, root, monkeypatch):
+    """One caller gets the error. What layers before it wrote, on the devices or in host memory, is computed again."""
+    asked = prompts(case("llama-plain"), (5, 40, 70, 33, 20))
+    with tiny(root) as resident:
+        expected = [said(resident, [one])[0] for one in asked]
+    with tiny(root, offload="host", **({"kv_offload": kv_offload} if kv_offload else {})) as engine:
+        take, passes = engine.executor.pager.take, []
+
+        def failing(layer):
+            passes.append(layer)
+            if passes.count(1) == 3 and layer == 1:
+                raise CheckpointError("layer 1 is gone")
+            return take(layer)
+
+        def ask(one):
+            try:
+                return said(engine, [one])[0]
+            except CheckpointError as error:
+                return str(error)
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(len(asked)) as callers:
+            patch.setattr(engine.executor.pager, "take", failing)
+            found = list(callers.map(ask, asked))
+        assert found.count("layer 1 is gone") == 1
+        for got, wanted in zip(found, expected, strict=True):
+            assert got in (wanted, "layer 1 is gone")
+        assert engine._open().scheduler.idle
+        assert [said(engine, [one])[0] for one in asked] == expected
+
+
 def test_what_a_sequence_leaves_is_written_before_what_the_next_in_its_slot_says(root, monkeypatch):
     asked = prompts(case("llama-plain"), (70, 130))
     params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, logprobs=0) for count in (2, 4)]
