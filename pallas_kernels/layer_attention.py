@@ -8,6 +8,9 @@ the splits have by the block of the first.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
@@ -20,19 +23,17 @@ NEVER = -1e30
 LOG2E = 1.4426950408889634
 
 
+EARLY_STEPS = 4
+"""Steps of a warp whose keys are asked for when the layer begins."""
+
 HEADS = 2
 """Query heads that a warp attends with at once; more would not fit into its registers, and are further passes."""
 
 
 def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
     """Attend for the block's units."""
-    units = plan.m * plan.groups * plan.splits
-    count = (o.constant(plan.blocks - 1 + units) - o.block) // plan.blocks
 
-    def unit(i: Any, carry: list[Any]) -> list[Any]:
-        one = o.block + i * plan.blocks
-        whose, split = (one // plan.splits, one % plan.splits) if plan.splits > 1 else (one, o.constant(0))
-
+    def unit(whose: Any, split: Any) -> None:
         def heads(number: Any, carry: list[Any]) -> list[Any]:
             first = number * HEADS
             own = o.fresh()
@@ -46,6 +47,92 @@ def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> Non
             _together(o.fresh(), plan, memory, smem, whose, split, part * THREADS)
         o.sync()
         memory.mark(o, "attended")
+
+    _each_unit(o, plan, unit)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a unit that a warp takes: every sixteenth step of ``tokens`` of them.
+
+    Attributes:
+        sequence, group: whose they are.
+        length: of the sequence, the new token included.
+        before: keys that are in the cache; the new token's is not read there, where it may not be yet.
+        first: number of the first that is seen.
+        mine, count: the warp's first step, and how many it has.
+    """
+
+    sequence: Any
+    group: Any
+    length: Any
+    before: Any
+    first: Any
+    mine: Any
+    count: Any
+
+    @staticmethod
+    def of(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any) -> Keys:
+        """Those of the warp."""
+        sequence, group = whose // plan.groups, whose % plan.groups
+        length = o.load_memory(memory("lengths") + o.wide(sequence) * 4)[0]
+        before = o.select(length < 1, 0, length - 1)
+        first = o.constant(0)
+        if plan.window is not None:
+            first = o.select(length < plan.window, 0, length - plan.window)
+        begin, end = first // plan.tokens, (before + (plan.tokens - 1)) // plan.tokens
+        whole = o.select(begin < end, end - begin, 0)
+        low, high = begin + whole * split // plan.splits, begin + whole * (split + 1) // plan.splits
+        mine = low + o.warp
+        count = (high + (WARPS - 1) - mine) // WARPS  # the first is at most 15 more than the last
+        return Keys(sequence, group, length, before, first, mine, count)
+
+    def place(self, o: Any, plan: LayerPlan, memory: Memory, step: Any) -> tuple[Any, Any, Any]:
+        """A step's first key, where a lane's part of it is, and whether the table names a block that there is."""
+        lanes = plan.dim // 8  # that share a key
+        token = (self.mine + step * WARPS) * plan.tokens
+        table = memory("tables") + o.wide(self.sequence * plan.width) * 4
+        block = o.load_memory(table + o.wide(token // BLOCK_SIZE) * 4)[0]
+        there = block < plan.kv_blocks
+        block = o.select(there, block, 0)
+        row = (block * plan.groups + self.group) * BLOCK_SIZE + token % BLOCK_SIZE + o.lane // lanes
+        return token, o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16), there
+
+    def fetch(self, o: Any, plan: LayerPlan, memory: Memory, steps: int) -> None:
+        """Ask for the keys and values of the first steps: to bring them into the L2 cache, without waiting."""
+        caches = [memory(name) for name in ("keys", "values")]
+
+        def ask(step: Any) -> None:
+            _, at, _ = self.place(o, plan, memory, step)
+            rows = 32 // (plan.dim // 8)
+            for load in range(plan.tokens // rows):
+                for start in caches:
+                    o.prefetch(start + at + load * rows * plan.dim * 2)
+
+        for step in map(o.constant, range(steps)):
+            o.when(step < self.count, functools.partial(ask, step))
+
+
+def fetch_early(o: Any, plan: LayerPlan, memory: Memory) -> None:
+    """Ask for the keys and values of the block's units, long before they are attended to.
+
+    Who asks late waits behind all the weights that are on their way.
+    """
+
+    def unit(whose: Any, split: Any) -> None:
+        Keys.of(o, plan, memory, whose, split).fetch(o, plan, memory, EARLY_STEPS)
+
+    _each_unit(o, plan, unit)
+
+
+def _each_unit(o: Any, plan: LayerPlan, do: Callable[[Any, Any], None]) -> None:
+    """Do something for each unit of the block: its sequence and key head, in one number, and its split."""
+    units = plan.m * plan.groups * plan.splits
+    count = (o.constant(plan.blocks - 1 + units) - o.block) // plan.blocks
+
+    def unit(i: Any, carry: list[Any]) -> list[Any]:
+        one = o.block + i * plan.blocks
+        do(*((one // plan.splits, one % plan.splits) if plan.splits > 1 else (one, o.constant(0))))
         return carry
 
     o.loop(count, [], unit)
@@ -53,41 +140,14 @@ def attend(o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> Non
 
 def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, first_head: Any) -> list[list[Any]]:
     """What a warp finds in its keys: for some query heads the largest score, the sum, and its lane's 8 entries."""
-    sequence, group = whose // plan.groups, whose % plan.groups
     lanes = plan.dim // 8  # that share a key
     rows = 32 // lanes
     loads, heads = plan.tokens // rows, range(min(HEADS, plan.per_group))
-    length = o.load_memory(memory("lengths") + o.wide(sequence) * 4)[0]
-    # The new token is not read from the cache, where it may not be yet, but is received like the query.
-    before = o.select(length < 1, 0, length - 1)
-    first = o.constant(0)
-    if plan.window is not None:
-        first = o.select(length < plan.window, 0, length - plan.window)
-    begin, end = first // plan.tokens, (before + (plan.tokens - 1)) // plan.tokens
-    whole = o.select(begin < end, end - begin, 0)
-    low, high = begin + whole * split // plan.splits, begin + whole * (split + 1) // plan.splits
-    mine = low + o.warp
-    count = (high + (WARPS - 1) - mine) // WARPS  # the first is at most 15 more than the last
-    table = memory("tables") + o.wide(sequence * plan.width) * 4
+    own, own_row = Keys.of(o, plan, memory, whose, split), o.lane // lanes
     caches = {name: memory(name) for name in ("keys", "values")}
-    own_row = o.lane // lanes
-
-    def place(i: Any) -> tuple[Any, Any, Any]:
-        """A step's first key, where a lane's part of it is, and whether the table names a block that there is."""
-        token = (mine + i * WARPS) * plan.tokens
-        block = o.load_memory(table + o.wide(token // BLOCK_SIZE) * 4)[0]
-        there = block < plan.kv_blocks
-        block = o.select(there, block, 0)
-        row = (block * plan.groups + group) * BLOCK_SIZE + token % BLOCK_SIZE + own_row
-        return token, o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16), there
-
-    def ahead() -> None:
-        _, at, _ = place(o.constant(0))
-        for load in range(loads):
-            for start in caches.values():
-                o.prefetch(start + at + load * rows * plan.dim * 2)
-
-    o.when(o.constant(0) < count, ahead)  # the first keys come while the query is computed
+    sequence, group, before, first = own.sequence, own.group, own.before, own.first
+    if not plan.early:
+        own.fetch(o, plan, memory, 1)  # the first keys come while the query is computed
 
     def head_words(number: Any) -> list[Any]:
         """A lane's 8 entries of a head that was sent."""
@@ -145,7 +205,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         return [value for head in state for value in head]
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        token, at, there = place(i)
+        token, at, there = own.place(o, plan, memory, i)
         found = {
             name: [o.load_memory(start + at + load * rows * plan.dim * 2, 4) for load in range(loads)]
             for name, start in caches.items()
@@ -158,13 +218,13 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         return add(carry, found["keys"], found["values"], seen)
 
     start = [o.constant(NEVER), *[o.constant(0.0)] * 9] * len(heads)
-    carry = list(o.loop(count, start, step))
+    carry = list(o.loop(own.count, start, step))
 
     def newest() -> list[Any]:
         key, value = (head_words(o.constant(plan.per_group + i)) for i in range(2))
         return add(carry, [key], [value], [own_row < 1])
 
-    has_newest = (o.constant(0) < length) & o.equal(split * WARPS + o.warp, 0)
+    has_newest = (o.constant(0) < own.length) & o.equal(split * WARPS + o.warp, 0)
     carry = o.branch(has_newest, newest, lambda: carry, carry)
     found = []
     for head in heads:

@@ -46,6 +46,9 @@ NAMES = ("qkv", "out", "up", "down")
 
 QKV, OUT, UP, DOWN = range(4)
 
+EARLY = False
+"""Whether keys, values and norms' vectors are asked for early; see ``LayerPlan.early``."""
+
 MARKS = tuple(
     mark
     for name in NAMES
@@ -162,6 +165,7 @@ class LayerPlan:
         blocks: of the grid; all are there at once, one on each SM.
         splits: parts of a sequence's keys.
         stages: of the ring.
+        early: what a layer needs beside weights is asked for when it begins, or in the layer before.
         ahead: stages that are on their way into the L2 cache behind those that are on their way into the ring.
         traced: note when each block gets to each of :data:`MARKS`.
     """
@@ -186,6 +190,7 @@ class LayerPlan:
     blocks: int = SMS
     splits: int = 1
     stages: int = LAG + 1
+    early: bool = False
     ahead: int = 0
     traced: bool = False
 
@@ -350,6 +355,6 @@ def divided(plan: LayerPlan) -> LayerPlan:
     """The plan with splits and stages chosen: all SMs attend, and the ring is what shared memory has left."""
     units = plan.m * plan.groups
     splits = max(1, min(MAX_SPLITS, plan.blocks // units, plan.width * BLOCK_SIZE // (WARPS // 2 * plan.tokens)))
-    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1, ahead=AHEAD)
+    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1, ahead=AHEAD, early=EARLY)
     room = SMEM_PER_SM - 2048 - (plan.shared - (LAG + 1) * plan.stage)
     return dataclasses.replace(plan, stages=max(LAG + 1, min(24, room // plan.stage)))

@@ -29,6 +29,28 @@ def vectors_of_norm(o: Any, plan: LayerPlan, which: int, memory: Memory) -> list
     return found
 
 
+def fetch_early(o: Any, plan: LayerPlan, memory: Memory) -> None:
+    """Ask for the vectors of the second norm, and of the next layer's first; each block for some lines of 128 bytes.
+
+    All blocks wait for them, and whose loads were late would wait behind all the weights that are on their way.
+    """
+    lines = -(-plan.hidden * 2 // 128)
+    first = o.block * lines // plan.blocks
+    line = first + o.thread
+    following = o.select(memory.layer < plan.layers - 1, memory.layer + 1, plan.layers - 1)
+    starts = []
+    for which, layer in ((UP, memory.layer), (QKV, following)):
+        for name in (f"{NAMES[which]}_scale", f"{NAMES[which]}_shift"):
+            if name in plan.parameters:
+                starts.append(memory.of_layer(layer, o.constant(plan.parameters.index(name))))
+
+    def ask() -> None:
+        for start in starts:
+            o.prefetch(start + o.wide(line) * 128)
+
+    o.when(line < (o.block + 1) * lines // plan.blocks, ask)
+
+
 def runs_of(o: Any, product: Product) -> list[tuple[Any, Any]]:
     """The runs of 8 inputs that a thread stages, and whether the input has them."""
     found = []

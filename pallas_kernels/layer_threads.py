@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
+from pallas_kernels.layer_attention import fetch_early as fetch_keys
 from pallas_kernels.layer_plan import (
     CHUNK,
     DOWN,
@@ -26,6 +27,7 @@ from pallas_kernels.layer_plan import (
     WARPS,
     LayerPlan,
 )
+from pallas_kernels.layer_staging import fetch_early as fetch_vectors
 from pallas_kernels.layer_staging import stage, vectors_of_norm
 from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
 from pallas_kernels.quantized_threads import widen
@@ -324,6 +326,9 @@ def run(
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:
         memory.layer, memory.epoch = number, number + 1
+        if plan.early:  # while the others' last packets are on their way
+            fetch_vectors(thread.fresh(), plan, memory)
+            fetch_keys(thread.fresh(), plan, memory)
         for which in (QKV, OUT, UP, DOWN):
             o = thread.fresh()
             beside = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []

@@ -178,6 +178,6 @@ CASES = {
 }
 for _name in ("llama", "llama int4"):
     CASES[f"{_name}, fetched ahead, traced"] = functools.partial(
-        compiled_by_plan, LARGE[_name], 2, ahead=4, traced=True
+        compiled_by_plan, LARGE[_name], 2, ahead=4, early=True, traced=True
     )
 CASES["32 layers of llama int8"] = functools.partial(compiled, LARGE["llama int8"], 32)

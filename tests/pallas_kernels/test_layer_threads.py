@@ -11,9 +11,10 @@ import pytest
 
 from pallas_kernels import layer_threads
 from pallas_kernels.decoder_layers import plan_of, reference
-from pallas_kernels.layer_attention import attend
+from pallas_kernels.layer_attention import EARLY_STEPS, attend, fetch_early
 from pallas_kernels.layer_mosaic import parameters_of
-from pallas_kernels.layer_plan import MARKS, THREADS, divided
+from pallas_kernels.layer_plan import MARKS, THREADS, WARPS, divided
+from pallas_kernels.layer_stream import Memory
 from pallas_kernels.qkv_gemm import slots_of
 from tests.pallas_kernels.emulated import Emulated
 from tests.pallas_kernels.layer_cases import SMALL, Case, operands, static
@@ -76,10 +77,40 @@ def test_splits_of_the_keys_come_together(name):
     compute(SMALL[name], 2)
 
 
-@pytest.mark.parametrize("name", ["plain", "int4, groups of 64"])
-def test_what_is_fetched_ahead_changes_nothing(name):
-    plan = compute(SMALL[name], 1, ahead=2)
-    assert plan.ahead == 2
+@pytest.mark.parametrize("name", ["plain", "int4, groups of 64", "layer norms, biases, no rotation"])
+def test_what_is_asked_for_before_it_is_needed_changes_nothing(name):
+    compute(SMALL[name], 1, ahead=2, early=True)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_what_is_asked_for_early_are_the_keys_that_are_read(window):
+    """Of sequences of any length, but for what lies behind the first steps of each warp, and for the new token's."""
+    case = Case(lengths=(700, 65, 1, 0), groups=2, width=11, window=window)
+    arguments, rotary = operands(case, layers=1)
+    plan = plan_for(arguments, rotary, case, 1)
+    tables, positions, keys = arguments[3], np.asarray(arguments[4]), np.asarray(arguments[2][0][0])
+    o = Emulated(plan.blocks, plan.shared + 16384, THREADS)
+    given = {"tables": tables, "lengths": jnp.maximum(arguments[4] + 1, 0), "keys": [keys], "values": [keys]}
+    ref = {
+        name: [o.place(array) for array in value] if isinstance(value, list) else o.place(np.asarray(value))
+        for name, value in given.items()
+    }
+    ref |= {name: [0] for name in plan.parameters if name not in ref}
+    memory = Memory(o, plan, ref, {name: o.reserve(size) for name, size in plan.arrays.items()})
+    asked = set()
+    o.prefetch = lambda address: asked.update((address[o.active] // 16).tolist())
+    fetch_early(o, plan, memory)
+    rows, size = WARPS * EARLY_STEPS * plan.tokens, plan.dim * 2
+    expected = set()
+    for sequence, position in enumerate(positions):
+        first = max(0, position + 1 - window) // plan.tokens * plan.tokens if window else 0
+        last = -(-position // plan.tokens) * plan.tokens
+        for group in range(plan.groups):
+            for token in range(first, min(last, first + rows)):
+                row = (int(tables[sequence, token // 64]) * plan.groups + group) * 64 + token % 64
+                for name in ("keys", "values"):
+                    expected.update(range((ref[name][0] + row * size) // 16, (ref[name][0] + (row + 1) * size) // 16))
+    assert asked == expected
 
 
 def test_a_traced_kernel_notes_when_it_is_where():
@@ -104,9 +135,9 @@ def test_blocks_without_tiles_do_nothing():
     assert sum(product.tiles for product in plan.products) < 40
 
 
-def compute(case, splits, blocks=BLOCKS, ahead=0):
+def compute(case, splits, blocks=BLOCKS, **changes):
     arguments, rotary = operands(case)
-    plan = dataclasses.replace(plan_for(arguments, rotary, case, splits, blocks), ahead=ahead)
+    plan = dataclasses.replace(plan_for(arguments, rotary, case, splits, blocks), **changes)
     assert plan.problem() is None
     got, caches, _ = emulate(plan, arguments, rotary)
     expected, written = reference(*arguments, rotary=rotary, **static(case))
