@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -282,7 +283,7 @@ def failing(call: int, function: Any, *, after: bool) -> Any:
     ],
 )  # fmt: skip
 def test_a_step_that_fails_is_the_error_of_one_caller_and_harms_no_other(place, after, call, engine, monkeypatch):
-    """Others are computed again; a step that fails after it was begun leaves caches that were given away."""
+    """Others are computed again, whether the step fails before it is handed out or after, or its results do."""
     asked: list[tuple[Any, ...]] = [(engine.generate, SHORT[1], CROWD[1]), (engine.logits, CLEAN[4])]
     asked += [(engine.generate, CLEAN[4], greedy(12, prompt_logprobs=1, logprobs=1)), (engine.score, CLEAN[4])]
     asked += [(engine.generate, SHORT[4], CROWD[4]), (engine.generate, CLEAN[1], greedy(1))]
@@ -306,6 +307,21 @@ def test_a_step_that_fails_is_the_error_of_one_caller_and_harms_no_other(place, 
     again = [call(*given) for call, *given in asked]
     for one, other in zip(again, expected, strict=True):
         assert_alike(one, other)
+
+
+def test_caches_that_were_given_to_a_step_that_fails_are_allocated_anew(engine, monkeypatch):
+    prompt, params = CLEAN[1], sampled(2, 9, repetition_penalty=1.5)
+    expected = tokens([engine.generate(prompt, params)])
+    given = jax.tree.leaves(engine.executor.caches)
+    with monkeypatch.context() as patch:
+        step = engine.executor._step
+        patch.setattr(engine.executor, "_step", lambda *about: failing(1, step(*about), after=True))
+        with pytest.raises(Broken):
+            engine.generate(prompt, params)
+    assert all(leaf.is_deleted() for leaf in given)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((engine.executor.caches, engine.executor.last)))
+    assert_idle(engine)
+    assert tokens([engine.generate(prompt, params)]) == expected
 
 
 def assert_alike(found: Any, expected: Any) -> None:
