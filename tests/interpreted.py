@@ -49,13 +49,15 @@ def _run(module: str, names: tuple[str, ...]) -> tuple[dict[str, str], str]:
         ran = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=60 + 20 * len(names), check=False
         )
-        out, said = ran.stdout, ran.stderr
+        out, said, good = ran.stdout, ran.stderr, ran.returncode == 0
     except subprocess.TimeoutExpired as error:
+        good = False
         parts = [part or b"" for part in (error.stdout, error.stderr)]
         out, said = (part.decode() if isinstance(part, bytes) else part for part in parts)
         said += f"\nnot done after {error.timeout:.0f} s"
     lines = [json.loads(line.removeprefix(MARK)) for line in out.splitlines() if line.startswith(MARK)]
-    return dict(lines), said
+    # Where the process ended badly the last case that returned may be the cause: it runs again, alone.
+    return dict(lines if good else lines[:-1]), said
 
 
 if __name__ == "__main__":
