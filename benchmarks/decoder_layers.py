@@ -41,8 +41,8 @@ ROUNDS = 8
 
 
 ABLATIONS = (
-    "no waiting", "no waiting, no attention", "half the ring", "no pause", "long pause", "lag 2", "one chain",
-    "early", *(f"ahead {stages}" for stages in (1, 2, 4, 6, 8)), "early, ahead 4",
+    "no waiting", "no waiting, no attention", "no copies", "half the ring", "no pause", "long pause", "lag 2",
+    "one chain",
 )  # fmt: skip
 
 
@@ -217,18 +217,17 @@ def main() -> None:
                 bench.note(name, f"{type(error).__name__}: {error}"[:600])
             del given
             if whole and bench.given.trace and not bench.late(10):
-                for early, ahead in ((False, 0), (True, 0), (True, 4)):
-                    bench.note(f"{kind} trace, early {early}, ahead {ahead}", trace(case, early=early, ahead=ahead))
+                bench.note(f"{kind} trace", trace(case))
             if whole and bench.given.ablate and not bench.late(10):
                 ablate(bench, kind, case)
 
 
-def trace(case: Any, **changes: Any) -> dict[str, Any]:
+def trace(case: Any) -> dict[str, Any]:
     """Where in a layer the time goes: :func:`phases` of a launch of several."""
     _, (x, layers, caches), _ = chain(case, True)
     small = dataclasses.replace(case, hidden=64, groups=1, wide=64, weight=None)
     (_, _, _, tables, positions), rotary = operands(small, seed=None, layers=1)
-    run = jax.jit(functools.partial(by_plan, case=case, traced=True, **changes))
+    run = jax.jit(functools.partial(by_plan, case=case, traced=True))
     for _ in range(4):
         x, caches, noted = run((x, layers, list(caches), tables, positions), rotary)
     return phases(np.asarray(noted))
@@ -270,8 +269,8 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
     from pallas_kernels.registers import Registers
 
     pause, lag, chains = registers.PAUSE, layer_plan.LAG, layer_threads.CHAINS
-    ahead, early = layer_plan.AHEAD, layer_plan.EARLY
     receive, attend, by_stages = Registers.receive, layer_mosaic.attend, plan.stages
+    copy_rows = Registers.copy_rows
 
     def glance(self: Any, addresses: Any, number: Any, pairs: bool = False) -> Any:
         return [word for at in addresses for word in self.load_memory(at, 4 if pairs else 2)[::2]]
@@ -288,9 +287,8 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
             layer_plan.LAG = layer_stream.LAG = 2
         if name == "one chain":
             layer_threads.CHAINS = 1
-        layer_plan.EARLY = name.startswith("early") or early
-        if "ahead" in name:
-            layer_plan.AHEAD = int(name.split()[-1])
+        if name == "no copies":
+            Registers.copy_rows = lambda self, a, b, c, barrier: self.arrive(barrier)  # type: ignore[method-assign]
         if name == "half the ring":
             module = sys.modules["pallas_kernels.decoder_layers"]  # the name is the function's
             stages = by_stages // 2 + 1
@@ -304,7 +302,7 @@ def ablate(bench: Bench, kind: str, case: Any) -> None:
             bench.note(f"{kind} {name}", f"{type(error).__name__}: {error}"[:300])
         Registers.receive, layer_mosaic.attend = receive, attend  # type: ignore[method-assign]
         registers.PAUSE, layer_plan.LAG, layer_stream.LAG = pause, lag, lag
-        layer_plan.AHEAD, layer_plan.EARLY, layer_threads.CHAINS = ahead, early, chains
+        Registers.copy_rows, layer_threads.CHAINS = copy_rows, chains  # type: ignore[method-assign]
         if name == "half the ring":
             module.divided = kept
     jax.clear_caches()

@@ -23,9 +23,6 @@ NEVER = -1e30
 LOG2E = 1.4426950408889634
 
 
-EARLY_STEPS = 4
-"""Steps of a warp whose keys are asked for when the layer begins."""
-
 HEADS = 2
 """Query heads that a warp attends with at once; more would not fit into its registers, and are further passes."""
 
@@ -98,32 +95,6 @@ class Keys:
         row = (block * plan.groups + self.group) * BLOCK_SIZE + token % BLOCK_SIZE + o.lane // lanes
         return token, o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16), there
 
-    def fetch(self, o: Any, plan: LayerPlan, memory: Memory, steps: int) -> None:
-        """Ask for the keys and values of the first steps: to bring them into the L2 cache, without waiting."""
-        caches = [memory(name) for name in ("keys", "values")]
-
-        def ask(step: Any) -> None:
-            _, at, _ = self.place(o, plan, memory, step)
-            rows = 32 // (plan.dim // 8)
-            for load in range(plan.tokens // rows):
-                for start in caches:
-                    o.prefetch(start + at + load * rows * plan.dim * 2)
-
-        for step in map(o.constant, range(steps)):
-            o.when(step < self.count, functools.partial(ask, step))
-
-
-def fetch_early(o: Any, plan: LayerPlan, memory: Memory) -> None:
-    """Ask for the keys and values of the block's units, long before they are attended to.
-
-    Who asks late waits behind all the weights that are on their way.
-    """
-
-    def unit(whose: Any, split: Any) -> None:
-        Keys.of(o, plan, memory, whose, split).fetch(o, plan, memory, EARLY_STEPS)
-
-    _each_unit(o, plan, unit)
-
 
 def _each_unit(o: Any, plan: LayerPlan, do: Callable[[Any, Any], None]) -> None:
     """Do something for each unit of the block: its sequence and key head, in one number, and its split."""
@@ -146,8 +117,17 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
     own, own_row = Keys.of(o, plan, memory, whose, split), o.lane // lanes
     caches = {name: memory(name) for name in ("keys", "values")}
     sequence, group, before, first = own.sequence, own.group, own.before, own.first
-    if not plan.early:
-        own.fetch(o, plan, memory, 1)  # the first keys come while the query is computed
+
+    def load(i: Any) -> list[Any]:
+        """A step's words: four of each load of keys, then of values."""
+        _, at, _ = own.place(o, plan, memory, i)
+        starts = [caches[name] + at + j * rows * plan.dim * 2 for name in ("keys", "values") for j in range(loads)]
+        return [word for start in starts for word in o.load_memory(start, 4)]
+
+    # The first keys and values come while the query is computed; not beside two heads, for want of registers.
+    like = [o.constant(0)] * (8 * loads)
+    early = plan.per_group == 1
+    held = o.branch(o.constant(0) < own.count, lambda: load(o.constant(0)), lambda: like, like) if early else []
 
     def head_words(number: Any) -> list[Any]:
         """A lane's 8 entries of a head that was sent."""
@@ -205,20 +185,19 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         return [value for head in state for value in head]
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        token, at, there = own.place(o, plan, memory, i)
-        found = {
-            name: [o.load_memory(start + at + load * rows * plan.dim * 2, 4) for load in range(loads)]
-            for name, start in caches.items()
-        }
+        carry, words = carry[: len(start)], carry[len(start) :] if early else load(i)
+        token, _, there = own.place(o, plan, memory, i)
         seen = []
-        for load in range(loads):
-            number = token + own_row + load * rows
-            inside = there & (number < before)
-            seen.append(inside if plan.window is None else inside & (first < number + 1))
-        return add(carry, found["keys"], found["values"], seen)
+        for number in range(loads):
+            key = token + own_row + number * rows
+            inside = there & (key < before)
+            seen.append(inside if plan.window is None else inside & (first < key + 1))
+        fours = [words[j : j + 4] for j in range(0, len(words), 4)]
+        carry = add(carry, fours[:loads], fours[loads:], seen)
+        return [*carry, *o.branch(i + 1 < own.count, lambda: load(i + 1), lambda: like, like)] if early else carry
 
     start = [o.constant(NEVER), *[o.constant(0.0)] * 9] * len(heads)
-    carry = list(o.loop(own.count, start, step))
+    carry = list(o.loop(own.count, [*start, *held], step))[: len(start)]
 
     def newest() -> list[Any]:
         key, value = (head_words(o.constant(plan.per_group + i)) for i in range(2))
@@ -238,7 +217,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
 
 def _put_down(o: Any, plan: LayerPlan, smem: dict[str, Any], first: Any, found: list[list[Any]]) -> None:
     """Keep what a warp has found: [warp, head, entry], and after all of them [warp, head, 2]."""
-    base, lanes = o.shared(smem["staged"]), plan.dim // 8
+    base, lanes = smem["work"], plan.dim // 8
     beside = base + WARPS * plan.per_group * plan.dim * 4
     for head, (largest, total, *values) in enumerate(found):
         number = o.warp * plan.per_group + first + head
@@ -277,7 +256,7 @@ def _together(
     active = thread < size
     thread = o.select(active, thread, 0) if size - first < THREADS else thread
     head = thread // plan.dim
-    base = o.shared(smem["staged"])
+    base = smem["work"]
     beside = base + WARPS * size * 4
     parts = []
     for warp in range(WARPS):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import layer_threads
 from pallas_kernels.decoder_layers import Cache, LayerOperands
 from pallas_kernels.layer_attention import attend
-from pallas_kernels.layer_plan import NAMES, THREADS, LayerPlan
+from pallas_kernels.layer_plan import NAMES, THREADS, LayerPlan, places
 
 
 def parameters_of(layer: LayerOperands, plan: LayerPlan) -> dict[str, jax.Array]:
@@ -73,32 +73,27 @@ def run(
     names = [*operands, "result", *exchanged]
     each = len(own[0])
 
-    def body(*refs: Any, **smem: Any) -> None:
-        shared = list(smem.values())
-
-        def inline(_: Any, memory: list[Any], layers: list[Any], blocks: list[list[Any]], shared: list[Any]) -> None:
+    def body(*refs: Any, shared: Any) -> None:
+        def inline(_: Any, memory: list[Any], layers: list[Any], blocks: list[list[Any]], shared: Any) -> None:
             ref: dict[str, Any] = dict(zip(names, memory, strict=True))
             for name in plan.parameters:
                 at = list(own[0]).index(name) if name in own[0] else None
                 ref[name] = (
                     [layer[at] for layer in layers] if at is not None else [both[name == "values"] for both in blocks]
                 )
-            smem_of = dict(zip(smem, shared, strict=True))
-            layer_threads.run(Registers(THREADS), plan, ref, smem_of, attend)
+            o = Registers(THREADS)
+            layer_threads.run(o, plan, ref, places(o, plan, shared), attend)
 
         memory = [*refs[: len(operands)], refs[-1], *exchanged.values()]
         layers = [list(refs[len(operands) + i * each : len(operands) + (i + 1) * each]) for i in range(plan.layers)]
         kind = plgpu.RefType
-        types = (
-            [kind()] * len(names), [[kind()] * each for _ in layers], [[kind()] * 2 for _ in layers],
-            [kind()] * len(shared),
-        )  # fmt: skip
+        types = [kind()] * len(names), [[kind()] * each for _ in layers], [[kind()] * 2 for _ in layers], kind()
         plgpu.inline_mgpu(arg_types=types)(inline)(memory, layers, blocks, shared)
 
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_types={name: plgpu.SMEM((size,), jnp.int8) for name, size in plan.arrays.items()},
+        scratch_types={"shared": plgpu.SMEM((plan.shared,), jnp.int8)},
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=THREADS // 128,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pallas_kernels.attention import BLOCK_SIZE
 from pallas_kernels.skinny_gemm import SMEM_PER_SM, SMS, Activation
@@ -26,9 +26,6 @@ ROW_PITCH = ROW + 64
 LAG = 1
 """Steps after which what a block has multiplied is replaced in the ring: by then all its warps have read it."""
 
-AHEAD = 0
-"""Stages that are brought into the L2 cache before there is room for them in the ring; see ``LayerPlan.ahead``."""
-
 PARAMETERS = 480
 """Arrays that a kernel is given at most: their addresses are 8 bytes each of 4 KiB."""
 
@@ -38,6 +35,9 @@ ENTRY = 48
 HEADS = (64, 128, 256)
 """Head sizes: four, two or one keys for a load by all lanes."""
 
+MAX_INTEGER_ROWS = 4
+"""Sequences with weights of integers: two of the eight columns of a product by integers are one's."""
+
 MAX_SPLITS = 16
 """Parts of a sequence's keys, at most: the block of the first waits for what all others have found."""
 
@@ -45,9 +45,6 @@ NAMES = ("qkv", "out", "up", "down")
 """Of the products."""
 
 QKV, OUT, UP, DOWN = range(4)
-
-EARLY = False
-"""Whether keys, values and norms' vectors are asked for early; see ``LayerPlan.early``."""
 
 MARKS = tuple(
     mark
@@ -165,8 +162,6 @@ class LayerPlan:
         blocks: of the grid; all are there at once, one on each SM.
         splits: parts of a sequence's keys.
         stages: of the ring.
-        early: what a layer needs beside weights is asked for when it begins, or in the layer before.
-        ahead: stages that are on their way into the L2 cache behind those that are on their way into the ring.
         traced: note when each block gets to each of :data:`MARKS`.
     """
 
@@ -190,8 +185,6 @@ class LayerPlan:
     blocks: int = SMS
     splits: int = 1
     stages: int = LAG + 1
-    early: bool = False
-    ahead: int = 0
     traced: bool = False
 
     @property
@@ -203,6 +196,11 @@ class LayerPlan:
     def quantized(self) -> bool:
         """Whether weights have factors."""
         return self.bits < 16
+
+    @property
+    def integer(self) -> bool:
+        """Whether weights are integers: they are multiplied as such, by x in fixed point; see ``layer_staging``."""
+        return self.weight in ("int8", "int4")
 
     @property
     def runs(self) -> int:
@@ -245,13 +243,12 @@ class LayerPlan:
 
     @property
     def stage(self) -> int:
-        """Bytes of a stage of the ring: rows of a tile's channels, and for each thread its groups' factors."""
-        return 2 * PAIRS * ROW_PITCH + PIECES * 2 * 4 * self.factors * THREADS
+        """Bytes of a stage of the ring: rows of a tile's channels, and each warp's factors of their groups."""
+        return 2 * PAIRS * ROW_PITCH + PIECES * self.factors * 2 * PAIRS * 4 * WARPS
 
-    @property
-    def x_line(self) -> int:
+    def x_line(self, which: int) -> int:
         """Bytes of a staged row. Two rows that are read at once start in different halves of the banks."""
-        return 2 * max(product.staged for product in self.products) + (64 if self.m > 1 else 0)
+        return 2 * self.products[which].staged + (64 if self.m > 1 else 0)
 
     @property
     def tokens(self) -> int:
@@ -259,24 +256,14 @@ class LayerPlan:
         return 4 * max(1, 256 // self.dim)  # four loads by all lanes
 
     @property
-    def staging(self) -> int:
-        """Bytes of staged rows; and, when there are none, of what the warps have attended to."""
-        return max(self.m * self.x_line, WARPS * self.per_group * (self.dim + 2) * 4)
+    def work(self) -> int:
+        """Bytes of a product's staged rows and, behind them, of what the warps add up: [tile, warp, token, channel].
 
-    @property
-    def sums(self) -> int:
-        """Bytes of what the warps add up: [tile, warp, token, channel]."""
-        return max(self.most) * WARPS * self.m * 2 * PAIRS * 4
-
-    @property
-    def table(self) -> int:
-        """Bytes of what is said of the block's tiles of a layer."""
-        return max(1, sum(self.most)) * ENTRY
-
-    @property
-    def pointers(self) -> int:
-        """Bytes of the addresses of the layers' arrays."""
-        return 8 * self.layers * len(self.parameters)
+        And, between two products, of what the warps have attended to.
+        """
+        each = WARPS * self.m * 2 * PAIRS * 4
+        sizes = [self.m * self.x_line(which) + self.most[which] * each for which in range(len(self.products))]
+        return max(*sizes, WARPS * self.per_group * (self.dim + 2) * 4)
 
     @property
     def packets(self) -> dict[str, tuple[int, int]]:
@@ -304,33 +291,25 @@ class LayerPlan:
         return self.layers, len(MARKS), self.blocks, 2
 
     @property
-    def group_sums(self) -> int:
-        """Bytes of the sums of x over each group."""
-        if not self.factors:
-            return 0
-        return 4 * self.m * max(product.staged // product.group for product in self.products)
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of what the warps tell each other."""
-        return max(2 * self.m * WARPS * 4, 16)
-
-    @property
     def shared(self) -> int:
-        """Bytes of shared memory; each array may be moved up to the next multiple of 1024."""
-        return sum(-(-size // 1024) * 1024 for size in self.arrays.values())
+        """Bytes of shared memory."""
+        return sum(self.arrays.values())
 
     @property
     def arrays(self) -> dict[str, int]:
-        """Bytes of each array in shared memory."""
+        """Bytes of each array in shared memory, multiples of 16.
+
+        In the order in which they lie there: the ring; ``work``; one over the mean size of each token, and before that
+        what the warps have of it; the fixed point's units of x; addresses of the layers' arrays; what is said of the
+        block's tiles; the cursors; barriers.
+        """
+        chunks = max(product.staged // product.span for product in self.products)
         sizes = {
-            "ring": self.stages * self.stage, "barriers": 16 * self.stages,
-            "cursors": WARPS * ENTRY * (2 if self.ahead else 1),
-            "staged": self.staging,
-            "sums": self.sums, "table": self.table, "pointers": self.pointers, "scratch": self.scratch,
-            "group_sums": self.group_sums,
+            "ring": self.stages * self.stage, "work": self.work, "scratch": 2 * self.m * WARPS * 4,
+            "units": 4 * self.m * chunks if self.integer else 0, "pointers": 8 * self.layers * len(self.parameters),
+            "table": max(1, sum(self.most)) * ENTRY, "cursors": WARPS * ENTRY, "barriers": 16 * self.stages,
         }  # fmt: skip
-        return {name: size for name, size in sizes.items() if size}
+        return {name: -(-size // 16) * 16 for name, size in sizes.items()}
 
     def problem(self) -> str | None:
         """Why the kernel cannot run it, or None; apart from dtypes, which ``dtype_problem`` knows."""
@@ -338,6 +317,8 @@ class LayerPlan:
             problem = product.problem(name)
             if problem is not None:
                 return problem
+        if self.integer and self.m > MAX_INTEGER_ROWS:
+            return f"{self.m} sequences with weights of {self.weight}"
         if self.dim not in HEADS:
             return f"head_dim {self.dim}"
         if self.per_group > 8:
@@ -355,6 +336,14 @@ def divided(plan: LayerPlan) -> LayerPlan:
     """The plan with splits and stages chosen: all SMs attend, and the ring is what shared memory has left."""
     units = plan.m * plan.groups
     splits = max(1, min(MAX_SPLITS, plan.blocks // units, plan.width * BLOCK_SIZE // (WARPS // 2 * plan.tokens)))
-    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1, ahead=AHEAD, early=EARLY)
+    plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1)
     room = SMEM_PER_SM - 2048 - (plan.shared - (LAG + 1) * plan.stage)
     return dataclasses.replace(plan, stages=max(LAG + 1, min(24, room // plan.stage)))
+
+
+def places(o: Any, plan: LayerPlan, memory: Any) -> dict[str, Any]:
+    """The address of each array in the shared memory of a block."""
+    at, found = o.shared(memory), {}
+    for name, size in plan.arrays.items():
+        found[name], at = at, at + size
+    return found

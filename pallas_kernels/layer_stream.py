@@ -50,7 +50,7 @@ class Memory:
         """Of what ``ref`` names: arrays, and where the layers have each their own, lists of them."""
         self.o, self.plan, self.ref = o, plan, ref
         self.layer = self.epoch = o.constant(0)
-        self.table = o.shared(smem["pointers"])
+        self.table = smem["pointers"]
 
         def keep() -> None:
             for layer in range(plan.layers):
@@ -89,23 +89,22 @@ class Stream:
     """What keeps the ring of a block full: the weights of all its tiles, one product's after another's.
 
     A stage holds a part of a tile's 16 channels, a row each, and a warp has its row copied by the copy engine, with one
-    instruction for 2 KiB. Factors of groups, few bytes in short pieces, are copied by the threads that use them. A
-    stage is full when its 16 rows have come, and empty when 16 warps have read it.
+    instruction for 2 KiB. Factors of groups, few bytes in short pieces, are copied by the lanes of the warp that uses
+    them, behind the rows: [piece, group, half, pair] of each warp. A stage is full when its 16 rows have come, and
+    empty when 16 warps have read it.
 
     A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
     for its row, in shared memory, since registers are few. It runs ahead of what is multiplied, and does not wait where
-    the products wait for each other. A second one may run ahead of it and have rows brought into the L2 cache: a ring
-    longer than shared memory is.
+    the products wait for each other.
     """
 
     def __init__(self, o: Any, plan: LayerPlan, memory: Memory, smem: dict[str, Any]) -> None:
         """Write the table and make the ring; to be followed by a ``sync``."""
         self.o, self.plan, self.memory = o, plan, memory
-        self.ring, self.table = o.shared(smem["ring"]), o.shared(smem["table"])
-        self.full = o.shared(smem["barriers"])
+        self.ring, self.table = smem["ring"], smem["table"]
+        self.full = smem["barriers"]
         self.empty = self.full + 8 * plan.stages
-        self.cursor = o.shared(smem["cursors"]) + o.warp * ENTRY
-        self.scout = self.cursor + WARPS * ENTRY
+        self.cursor = smem["cursors"] + o.warp * ENTRY
         self.entries = o.constant(0)
         for which, product in enumerate(plan.products):
             first, count = tiles_of(o, plan, which)
@@ -149,32 +148,17 @@ class Stream:
         """Start to copy as much as the ring holds before anything is multiplied."""
         o, plan = self.o, self.plan
         zero = o.constant(0)
-        self._go_to(self.cursor, zero, zero)
+        self._go_to(zero, zero)
 
         def fetch(slot: Any, carry: list[Any]) -> list[Any]:
             self._copy(slot)
             return carry
 
         o.loop(plan.stages - LAG, [], fetch)
-        if plan.ahead:
-            for i in range(0, ENTRY, 16):
-                o.store_shared(self.scout + i, o.load_shared(self.cursor + i, 4))
 
-            def search(_: Any, carry: list[Any]) -> list[Any]:
-                self._search()
-                return carry
-
-            o.loop(plan.ahead, [], search)
-
-    def __call__(self, slot: Any) -> None:
-        """Start to copy what is next into a stage that is empty."""
-        self._copy(slot)
-        if self.plan.ahead:
-            self._search()
-
-    def _go_to(self, cursor: Any, layer: Any, entry: Any) -> None:
-        """Put a cursor at the beginning of a tile."""
-        o, plan = self.o, self.plan
+    def _go_to(self, layer: Any, entry: Any) -> None:
+        """Put the cursor at the beginning of a tile."""
+        o, plan, cursor = self.o, self.plan, self.cursor
         at = self.table + entry * ENTRY
         offset, line, apart, steps = o.load_shared(at, 4)
         which, factors, factors_apart, across = o.load_shared(at + 16, 4)
@@ -190,14 +174,14 @@ class Stream:
             beside = self.memory.of_layer(held, number) + o.wide(factors)
             o.store_shared(cursor + 32, [*o.halves(beside), factors_apart, across])
 
-    def _move_on(self, cursor: Any, now: list[Any], source: Any, left: Any, across: Any) -> None:
-        """Put a cursor at the next step, of its tile or of the next."""
-        o = self.o
+    def _move_on(self, now: list[Any], source: Any, left: Any, across: Any) -> None:
+        """Put the cursor at the next step, of its tile or of the next."""
+        o, cursor = self.o, self.cursor
         layer, entry, step, steps = now
 
         def following() -> list[Any]:
             last = self.entries < entry + 2
-            self._go_to(cursor, o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
+            self._go_to(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
             return []
 
         def onward() -> list[Any]:
@@ -207,15 +191,6 @@ class Stream:
             return []
 
         o.branch(step + 1 < steps, onward, following, [])
-
-    def _search(self) -> None:
-        """Have what the scout stands at brought into the L2 cache, and move it on."""
-        o = self.o
-        now = o.load_shared(self.scout, 4)
-        low, high, left, across = o.load_shared(self.scout + 16, 4)
-        source = o.address(low, high)
-        o.prefetch_rows(source, o.select(left < ROW, left, ROW))
-        self._move_on(self.scout, now, source, left, across)
 
     def _copy(self, slot: Any) -> None:
         """Start to copy what the cursor stands at into a stage, and move it on."""
@@ -228,25 +203,33 @@ class Stream:
         o.copy_rows(base + o.warp * ROW_PITCH, source, size, self.full + slot * 8)
         if plan.factors:
             low, high, factors_apart, _ = o.load_shared(self.cursor + 32, 4)
-            beside = o.address(low, high) + o.wide(o.lane // 4 * 4)
-            goal = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
-            each = PIECES * plan.factors
-            for group in range(each):
+            # A lane has a piece, a half and a pair of channels: the lanes of a warp are as many as there are.
+            piece, half, pair = o.lane // (2 * PAIRS), o.lane // PAIRS % 2, o.lane % PAIRS
+            beside = o.address(low, high) + o.wide(pair * 4 + o.select(o.equal(half, 0), 0, factors_apart))
+            goal = self.factors(slot, piece, half, pair)
+            for group in range(plan.factors):
+                within = piece * plan.factors + group
                 # The bytes before the group's are there wherever the group is.
-                inside = o.warp * (PIECES * CHUNK) + group * (CHUNK // plan.factors) < left
-                index = (now[2] * WARPS + o.warp) * each + group
-                first = beside + o.wide(index * across)
-                for half in range(2):
-                    there = first + o.wide(factors_apart) if half else first
-                    o.copy_async(goal + (2 * group + half) * 4 * THREADS, there, 4, o.select(inside, 4, o.constant(0)))
+                inside = o.warp * (PIECES * CHUNK) + within * (CHUNK // plan.factors) < left
+                index = (now[2] * WARPS + o.warp) * (PIECES * plan.factors) + within
+                size = o.select(inside, 4, o.constant(0))
+                o.copy_async(goal + group * (2 * PAIRS * 4), beside + o.wide(index * across), 4, size)
             o.commit_copies()
-        self._move_on(self.cursor, now, source, left, across)
+        self._move_on(now, source, left, across)
+
+    def factors(self, slot: Any, piece: Any, half: Any, pair: Any) -> Any:
+        """Where a stage has the warp's factors of a channel, of a piece's first group."""
+        plan = self.plan
+        start = self.ring + slot * plan.stage + 2 * PAIRS * ROW_PITCH
+        index = (self.o.warp * PIECES + piece) * (plan.factors * 2 * PAIRS)
+        return start + (index + half * PAIRS + pair) * 4
 
     def await_full(self, slot: Any, parity: Any) -> None:
         """Wait until a stage has come."""
         self.o.await_barrier(self.full + slot * 8, parity)
         if self.plan.factors:
             self.o.wait_copies(self.plan.stages - LAG - 1)
+            self.o.sync_warp()  # other lanes' copies as well
 
     def release(self, slot: Any, parity: Any) -> None:
         """Say that the warp has read a stage, and refill the one that was read ``LAG`` steps before."""
@@ -256,4 +239,4 @@ class Stream:
         old = o.select(around, slot + (plan.stages - LAG), slot - LAG)
         # At first the ring's last stages are empty without having been read: the phase before the first has ended.
         o.await_barrier(self.empty + old * 8, o.select(around, parity ^ 1, parity))
-        self(old)
+        self._copy(old)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
-from pallas_kernels.layer_attention import fetch_early as fetch_keys
 from pallas_kernels.layer_plan import (
     CHUNK,
     DOWN,
@@ -27,8 +26,7 @@ from pallas_kernels.layer_plan import (
     WARPS,
     LayerPlan,
 )
-from pallas_kernels.layer_staging import fetch_early as fetch_vectors
-from pallas_kernels.layer_staging import stage, vectors_of_norm
+from pallas_kernels.layer_staging import PLANE, stage, vectors_of_norm
 from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
 from pallas_kernels.quantized_threads import widen
 
@@ -38,22 +36,91 @@ CHAINS = 4
 TARGETS = {OUT: "middle", UP: "between", DOWN: "stream"}
 
 
-def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str, Any], carry: list[Any]) -> list[Any]:
+def multiply(
+    o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str, Any], carry: list[Any]
+) -> list[Any]:
     """Multiply the block's tiles of a product, and put each warp's sums into shared memory.
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the stage of the ring that is multiplied next, and its parity; so is what is returned.
+        carry: the stage of the ring that is read next, its parity, and what has been read of the one before, which is
+            multiplied next; so is what is returned.
     """
     product = plan.products[which]
+    column = o.lane % 4
+    piece_of = _integers if plan.integer else _halves
+    add = piece_of(o, plan, which, smem)
+    kept = 2 if plan.integer else 4
+
+    def step(i: Any, carry: list[Any]) -> list[Any]:
+        held, totals = carry[2:-kept], carry[-kept:]
+        each = len(held) // PIECES
+        for piece in range(PIECES):
+            totals = add((i * WARPS + o.warp) * PIECES + piece, held[piece * each : (piece + 1) * each], totals)
+        return [*read_next(o, plan, stream, carry[:2]), *totals]
+
+    base = smem["work"] + plan.m * plan.x_line(which) + o.warp * (plan.m * 2 * PAIRS * 4) + o.lane // 4 * 4
+
+    def tile(i: Any, carry: list[Any]) -> list[Any]:
+        found = o.loop(product.steps, [*carry, *[o.constant(0.0)] * kept], step)
+        at = base + i * (WARPS * plan.m * 2 * PAIRS * 4)
+        tokens = [column] if plan.integer else [column * 2 + j for j in range(min(2, plan.m))]
+        for j, token in enumerate(tokens):
+
+            def keep(j: int = j, token: Any = token) -> None:
+                for half in range(2):
+                    value = found[len(found) - kept + half * (kept // 2) + j]
+                    o.store_shared(at + token * (2 * PAIRS * 4) + half * PAIRS * 4, [value])
+
+            o.when(token < plan.m, keep)
+        return list(found[:-kept])
+
+    return list(o.loop(tiles_of(o, plan, which)[1], carry, tile))
+
+
+def read_next(o: Any, plan: LayerPlan, stream: Stream, place: list[Any]) -> list[Any]:
+    """Read what a warp multiplies next into registers, which make the ring longer by a stage, and free its stage.
+
+    Returns:
+        The place of the next stage, and for each piece four words of either half's channel and its groups' factors.
+    """
+    slot, parity = place
     row, column = o.lane // 4, o.lane % 4
-    token = o.shared(smem["staged"]) + column * 16
+    stream.await_full(slot, parity)
+    own = stream.ring + slot * plan.stage + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + column * 16
+    found = []
+    for piece in range(PIECES):
+        for half in range(2):
+            found += o.load_shared(own + half * PAIRS * ROW_PITCH + piece * CHUNK, 4)
+        for group in range(plan.factors):
+            for half in range(2):
+                at = stream.factors(slot, o.constant(piece), o.constant(half), row) + group * (2 * PAIRS * 4)
+                found += o.load_shared(at)
+    stream.release(slot, parity)
+    last = o.equal(slot, plan.stages - 1)
+    return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *found]
+
+
+Adds = Callable[[Any, list[Any], list[Any]], list[Any]]
+"""Adds a piece's products to sums: of the number of a chunk, what was read of its weights, and the sums."""
+
+
+def _halves(o: Any, plan: LayerPlan, which: int, smem: dict[str, Any]) -> Adds:
+    """Of weights of 16 bits or fp8. Sums: of either half's channel for the two tokens of the thread's column."""
+    row, column = o.lane // 4, o.lane % 4
+    token = smem["work"] + column * 16
     if plan.m > 1:
-        token = token + o.select(row < plan.m, row, plan.m - 1) * plan.x_line
+        token = token + o.select(row < plan.m, row, plan.m - 1) * plan.x_line(which)
     zero = o.constant(0.0)
 
-    def products(totals: Sequence[Any], words: list[list[Any]], pairs: list[list[Any]]) -> list[Any]:
-        low, high = ([part for word in half for part in widen_any(o, plan, word)] for half in words)
+    def add(number: Any, held: list[Any], totals: list[Any]) -> list[Any]:
+        chunk = token + number * (plan.products[which].span * 2)
+        runs = [o.load_shared(chunk + run * 64, 4) for run in range(plan.runs)]
+        pairs = [run[j : j + 2] for run in runs for j in (0, 2)]
+        low, high = (
+            [part for word in half for part in ([word] if plan.bits == 16 else widen(o, plan, word))]
+            for half in (held[:4], held[4:])
+        )
         chains = [list(totals), *([zero] * 4 for _ in range(min(CHAINS, len(low) // 2) - 1))]
         for i in range(len(low) // 2):
             a = [low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]]
@@ -64,76 +131,48 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
             ]
         return chains[0]
 
-    def undone(index: Any, j: int) -> Any:
-        """What undoes the offset of a group's weights, of the token of the thread's column ``j``."""
-        at = o.shared(smem["group_sums"]) + index * 4
-        if plan.m > 1:
-            own = column * 2 + j
-            at = at + o.select(own < plan.m, own, plan.m - 1) * (product.staged // product.group * 4)
-        return o.float_of(o.load_shared(at)[0])
+    return add
 
-    def step(i: Any, carry: list[Any]) -> list[Any]:
-        slot, parity, totals = carry[0], carry[1], carry[2:]
-        stream.await_full(slot, parity)
-        base = stream.ring + slot * plan.stage
-        own = base + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + column * 16
-        words = [
-            [o.load_shared(own + half * PAIRS * ROW_PITCH + piece * CHUNK, 4) for half in range(2)]
-            for piece in range(PIECES)
-        ]
-        for piece in range(PIECES):
-            totals = multiply_piece(i, base, piece, words[piece], totals)
-        stream.release(slot, parity)
-        last = o.equal(slot, plan.stages - 1)
-        return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *totals]
 
-    def multiply_piece(i: Any, base: Any, piece: int, words: list[list[Any]], totals: list[Any]) -> list[Any]:
-        number = (i * WARPS + o.warp) * PIECES + piece
-        chunk = token + number * (product.span * 2)
-        runs = [o.load_shared(chunk + run * 64, 4) for run in range(plan.runs)]
+def _integers(o: Any, plan: LayerPlan, which: int, smem: dict[str, Any]) -> Adds:
+    """Of weights that are integers. Sums: of either half's channel for the token of the thread's column.
+
+    Each token is two columns of the product, one of high bytes and one of low ones, whose sums are a thread's.
+    """
+    product, (row, column) = plan.products[which], (o.lane // 4, o.lane % 4)
+    x, units = smem["work"] + row % 2 * PLANE + column * 16, smem["units"]
+    if plan.m > 1:
+        x = x + o.select(row // 2 < plan.m, row // 2, plan.m - 1) * plan.x_line(which)
+        units = units + o.select(column < plan.m, column, plan.m - 1) * (product.staged // product.span * 4)
+
+    def add(number: Any, held: list[Any], totals: list[Any]) -> list[Any]:
+        chunk = x + number * (plan.runs * PLANE)
+        runs = [o.load_shared(chunk + i * 2 * PLANE, 4) for i in range(plan.runs // 2)]
         pairs = [run[j : j + 2] for run in runs for j in (0, 2)]
+        low, high, factors = held[:4], held[4:8], [o.float_of(word) for word in held[8:]]
+        if plan.bits == 4:  # even ones, then odd ones, each 16 times what it is
+            low, high = (
+                [part & 0xF0F0F0F0 for word in half for part in (word << 4, word)] for half in (low, high)
+            )
+        unit = o.float_of(o.load_shared(units + number * 4)[0])
         totals = list(totals)
-        if not plan.factors:
-            totals = products(totals, words, pairs)
-        for group in range(plan.factors):
+        for group in range(max(1, plan.factors)):
             kept = pairs
             if plan.factors == 2:
                 # Lanes 0 and 1 of the four that share a channel have the first group, 2 and 3 the second.
                 own_group = (column < 2) if group == 0 else (column - 2 < 2)
                 kept = [[o.select(own_group, word, 0) for word in pair] for pair in pairs]
-            found = products([zero] * 4, words, kept)
-            beside = base + 2 * PAIRS * ROW_PITCH + o.thread * 4
-            at = 2 * (piece * plan.factors + group)
-            factors = [o.float_of(o.load_shared(beside + (at + half) * 4 * THREADS)[0]) for half in range(2)]
-            for j in range(4):
-                whole = found[j] + undone(number * plan.factors + group, j % 2)
-                totals[j] = o.fma(whole, factors[j // 2], totals[j])
+            found = [o.constant(0)] * 4
+            for i, pair in enumerate(kept):
+                a = [low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]]
+                found = o.mma_integers(a, pair, found)
+            for half in range(2):
+                whole = o.as_float(found[2 * half] * 256 + found[2 * half + 1])
+                factor = unit * factors[2 * group + half] if factors else unit
+                totals[half] = o.fma(whole, factor, totals[half])
         return totals
 
-    base = o.shared(smem["sums"]) + o.warp * (plan.m * 2 * PAIRS * 4) + row * 4
-
-    def tile(i: Any, carry: list[Any]) -> list[Any]:
-        found = o.loop(product.steps, [*carry, *[zero] * 4], step)
-        at = base + i * (WARPS * plan.m * 2 * PAIRS * 4)
-        for j in range(min(2, plan.m)):
-            own = column * 2 + j
-
-            def keep(j: int = j, own: Any = own) -> None:
-                for half in range(2):
-                    o.store_shared(at + own * (2 * PAIRS * 4) + half * PAIRS * 4, [found[2 * half + j - 4]])
-
-            o.when(own < plan.m, keep)
-        return list(found[:-4])
-
-    return list(o.loop(tiles_of(o, plan, which)[1], carry, tile))
-
-
-def widen_any(o: Any, plan: LayerPlan, word: Any) -> list[Any]:
-    """As :func:`pallas_kernels.quantized_threads.widen`, of any weight; of 4 bits with :func:`offset_of` added."""
-    if plan.bits == 4:
-        magic = 0x64086408 if plan.kind == "f16" else 0x43084308
-        return [o.merge(word >> (4 * i) if i else word, 0x000F000F, magic, toggle=True) for i in range(4)]
-    return [word] if plan.bits == 16 else widen(o, plan, word)
+    return add
 
 
 @dataclass(frozen=True)
@@ -157,10 +196,11 @@ class Result:
         low = channel_of(product, tile) + pair
         return Result(active, slot, token, pair, low, low + product.apart)
 
-    def sums(self, o: Any, plan: LayerPlan, smem: dict[str, Any]) -> list[Any]:
+    def sums(self, o: Any, plan: LayerPlan, which: int, smem: dict[str, Any]) -> list[Any]:
         """The products of the two channels, from the sums of all warps."""
         each = plan.m * 2 * PAIRS * 4
-        base = o.shared(smem["sums"]) + self.slot * (WARPS * each) + self.token * (2 * PAIRS * 4) + self.pair * 4
+        base = smem["work"] + plan.m * plan.x_line(which) + self.slot * (WARPS * each)
+        base = base + self.token * (2 * PAIRS * 4) + self.pair * 4
         found = []
         for half in range(2):
             parts = [o.float_of(o.load_shared(base + warp * each + half * PAIRS * 4)[0]) for warp in range(WARPS)]
@@ -323,12 +363,10 @@ def run(
     stream = Stream(o, plan, memory, smem)
     o.sync()
     stream.fill()
+    start = read_next(o, plan, stream, [o.constant(0), o.constant(0)])
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:
         memory.layer, memory.epoch = number, number + 1
-        if plan.early:  # while the others' last packets are on their way
-            fetch_vectors(thread.fresh(), plan, memory)
-            fetch_keys(thread.fresh(), plan, memory)
         for which in (QKV, OUT, UP, DOWN):
             o = thread.fresh()
             beside = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []
@@ -353,7 +391,8 @@ def run(
             if plan.per_group > 2:  # who attends with many heads has no registers for what is known before
                 o = thread.fresh()
                 result = Result.of(o, plan, which)
-            values = affine(result.sums(o, plan, smem), factors, biases)
+            values = affine(result.sums(o, plan, which, smem), factors, biases)
+            o.sync()  # what is staged next may lie where the sums do
             if which == QKV:
                 finish_qkv(o, plan, result, values, angles, memory)
                 memory.mark(o, "qkv sent")
@@ -363,6 +402,6 @@ def run(
                 memory.mark(o, f"{NAMES[which]} sent")
         return carry
 
-    o.loop(plan.layers, [o.constant(0), o.constant(0)], layer)
+    o.loop(plan.layers, start, layer)
     if plan.factors:
         o.wait_copies(0)

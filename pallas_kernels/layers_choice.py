@@ -23,7 +23,7 @@ MAX_LAYER_TOKENS = 4096
 every two query heads that share them, mostly from the L2 cache while they are so few; it was timed at 512."""
 
 
-LAYER_WEIGHTS = ("int8", "int4")
+LAYER_WEIGHTS = ("bfloat16", "float16", "int8", "int4", "float8_e4m3fn")
 """Dtypes of weights with which all layers are one kernel. In an engine on an H200, one sequence of a 7B Llama, it took
 2.27 ms a step with int8 and 1.55 with int4, the kernels of its parts 2.53 and 2.18 on another day. With bfloat16 it was
 no faster, 3.80 and 3.81 ms, and OPT was slower; fp8 was not timed (``benchmarks/results/table_h200_whole.json``)."""

@@ -254,6 +254,14 @@ class Registers:
         """An f32 of its bits."""
         return Reg(arith.bitcast(_type("f32"), bits.value))
 
+    def rounded(self, value: Reg) -> Reg:
+        """The nearest signed integer to an f32; 0 of what is not a number."""
+        return _asm("cvt.rni.s32.f32 $0, $1;", value, results=["i32"], effects=False)[0]
+
+    def as_float(self, value: Reg) -> Reg:
+        """A signed integer as f32."""
+        return Reg(arith.sitofp(_type("f32"), value.value))
+
     def rsqrt(self, value: Reg) -> Reg:
         """``1 / sqrt(value)``, to 2 units in the last place."""
         return _asm("rsqrt.approx.f32 $0, $1;", value, results=["f32"], effects=False)[0]
@@ -281,6 +289,14 @@ class Registers:
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         )
         return _asm(text, *a, *b, *c, results=["f32"] * 4, effects=False, convergent=True)
+
+    def mma_integers(self, a: Sequence[Reg], b: Sequence[Reg], c: Sequence[Reg]) -> list[Reg]:
+        """Warp: [16, 32] by [32, 8] plus [16, 8], signed bytes and i32, in the fragments of ``mma.m16n8k32``."""
+        text = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        return _asm(text, *a, *b, *c, results=["i32"] * 4, effects=False, convergent=True)
 
     def across(self, value: Reg, lanes: int) -> Reg:
         """Warp: the f32 of the lane whose number differs in the bits ``lanes``."""
@@ -314,14 +330,6 @@ class Registers:
             "@some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
             "[$0], [$1], $2, [$3], $4; }",
             target, source, size, barrier, Reg(_constant(0x12F0000000000000, _type("i64"))), convergent=True,
-        )  # fmt: skip
-
-    def prefetch_rows(self, source: Reg, size: Reg) -> None:
-        """Warp: start to bring ``size`` bytes, a multiple of 16, from global memory into the L2 cache."""
-        _asm(
-            "{ .reg .pred one, some; elect.sync _|one, 0xffffffff; setp.ne.and.u32 some, $1, 0, one; "
-            "@some cp.async.bulk.prefetch.L2.global [$0], $1; }",
-            source, size, convergent=True,
         )  # fmt: skip
 
     def init_barriers(self, address: Reg, number: int, arrivals: int) -> None:
@@ -439,6 +447,10 @@ class Registers:
             utils.warpgroup_barrier()
         else:
             _asm(f"bar.sync 0, {self.threads};", convergent=True)
+
+    def sync_warp(self) -> None:
+        """Wait for the lanes of the warp, and see what they have written to shared memory."""
+        _asm("bar.warp.sync 0xffffffff;", convergent=True)
 
     def sync_cluster(self) -> None:
         """Wait for the threads of the cluster."""

@@ -27,7 +27,7 @@ class Emulated:
         self.used = 0
         self.gmem = np.zeros(0, np.uint8)
         self.open, self.groups = [], []
-        self.barriers, self.rows, self.copied, self.fetched, self.time = {}, [], [], [], 0
+        self.barriers, self.rows, self.time = {}, [], 0
 
     def place(self, array):
         """Put an array into global memory; its address stands for the reference."""
@@ -166,6 +166,36 @@ class Emulated:
             for i in range(4)
         ]
 
+    def mma_integers(self, a, b, c):
+        g, q = np.divmod(np.arange(32), 4)
+        count = self.threads // 32
+        left, right = (np.zeros((self.blocks, count, *shape), np.int64) for shape in ((16, 32), (32, 8)))
+
+        def signed(value):
+            return np.ascontiguousarray(value).view(np.int8).reshape(self.blocks, count, 32, 4)
+
+        for j in range(4):
+            for i in range(4):
+                left[:, :, g + 8 * (i % 2), 4 * q + j + 16 * (i // 2)] = signed(a[i])[..., j]
+            for i in range(2):
+                right[:, :, 4 * q + j + 16 * i, g] = signed(b[i])[..., j]
+        product = left @ right
+        found = []
+        for i in range(4):
+            more = product[:, :, g + 8 * (i // 2), 2 * q + i % 2].reshape(self.blocks, -1)
+            found.append(self._fits(c[i].view(np.int32) + more))
+        return found
+
+    def _fits(self, value):
+        assert (abs(value) < 1 << 31)[self.active].all()
+        return value.astype(np.int32).view(np.uint32)
+
+    def rounded(self, value):
+        return self._fits(np.rint(np.nan_to_num(value, posinf=0, neginf=0)).astype(np.int64))
+
+    def as_float(self, value):
+        return value.view(np.int32).astype(np.float32)
+
     def across(self, value, lanes):
         return value[:, np.arange(self.threads) ^ lanes]
 
@@ -193,15 +223,6 @@ class Emulated:
             self.groups[number] = copies, left & ~now
         self.groups = [group for group in self.groups if group[1].any()]
 
-    def prefetch_rows(self, source, size):
-        for value in (source, size):
-            assert (value.reshape(self.blocks, -1, 32) == value.reshape(self.blocks, -1, 32)[..., :1]).all()
-        own = self.active & (self.lane == 0) & (size > 0)
-        assert (source % np.uint64(16) == 0)[own].all()
-        assert (size % 16 == 0)[own].all()
-        assert (source + size.astype(np.uint64) <= self.gmem.size)[own].all()
-        self.fetched += [(block, int(source[block, t]), int(size[block, t])) for block, t in np.argwhere(own)]
-
     def note_time(self, address):
         self.time += 1
         self._store_memory(address, [self.constant(self.time), self.constant(1000 * self.time)])
@@ -221,7 +242,6 @@ class Emulated:
             one = [int(value[block, thread]) for value in (target, source, size, barrier)]
             assert not any(value % 16 for value in one[:3])
             self.rows.append((block, *one))
-            self.copied.append((block, *one[1:3]))
         self.arrive(barrier)
 
     def arrive(self, barrier):
@@ -308,4 +328,4 @@ class Emulated:
     def sync(self):
         pass
 
-    sync_cluster = sync
+    sync_cluster = sync_warp = sync

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.decoder_layers import plan_of
 from pallas_kernels.layer_attention import attend
-from pallas_kernels.layer_plan import THREADS, divided
+from pallas_kernels.layer_plan import THREADS, divided, places
 from pallas_kernels.layer_stream import Memory
 from tests.pallas_kernels.emulated import Emulated
 from tests.pallas_kernels.layer_cases import Case, operands, static
@@ -61,7 +61,7 @@ def compare(case, splits, seed=0, gone=None):
     ref = {name: [0] for name in plan.parameters} | {"exchange": exchange, "tables": o.place(wild)}
     ref |= {"lengths": o.place(np.asarray(case.lengths, np.int32))}
     ref |= {"keys": [o.place(cache[0])], "values": [o.place(cache[1])]}
-    smem = {name: o.reserve(size) for name, size in plan.arrays.items()}
+    smem = places(o, plan, o.reserve(plan.shared))
     memory = Memory(o, plan, ref, smem)
     memory.epoch = o.constant(1)
     with np.errstate(invalid="ignore"):

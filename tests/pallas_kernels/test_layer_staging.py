@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decoder_layers import plan_of
-from pallas_kernels.layer_plan import OUT, QKV, THREADS, UP
-from pallas_kernels.layer_staging import fetch_early, offset_of, place_of, stage, vectors_of_norm
+from pallas_kernels.layer_plan import OUT, QKV, THREADS, UP, places
+from pallas_kernels.layer_staging import PLANE, place_of, place_of_integers, stage, vectors_of_norm
 from pallas_kernels.layer_stream import Memory
 from pallas_kernels.quantized_threads import run_order
 from pallas_kernels.skinny_gemm import normalise
@@ -41,61 +41,40 @@ def staged(case, which):
         vectors = {"scale": norm.scale, "shift": norm.bias}
         ref |= {f"{name}_{part}": [o.place(np.asarray(v))] for part, v in vectors.items() if v is not None}
     ref |= {name: [0] for name in plan.parameters if name not in ref}
-    smem = {name: o.reserve(size) for name, size in plan.arrays.items()}
+    smem = places(o, plan, o.reserve(plan.shared))
     memory = Memory(o, plan, ref, smem)
     memory.epoch = o.constant(1)
     vectors = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []
     stage(o, plan, which, vectors, memory, smem)
-    lines = o.smem[0, smem["staged"] :][: plan.m * plan.x_line].reshape(plan.m, plan.x_line)
-    order, found = run_order(plan.bits), np.full((plan.m, product.staged), np.nan, np.float32)
+    at, pitch = int(smem["work"][0, 0]), plan.x_line(which)
+    lines = o.smem[0, at : at + plan.m * pitch].reshape(plan.m, pitch)
+    found, steps = np.full((plan.m, product.staged), np.nan, np.float32), None
     for run in range(product.staged // 8):
-        place = int(place_of(o, plan, product, o.constant(run))[0, 0])
-        data = np.ascontiguousarray(lines[:, place : place + 16]).view(dtype).astype(np.float32)
-        found[:, [8 * run + i for i in order]] = data
+        if plan.integer:
+            place = int(place_of_integers(o, plan, o.constant(run))[0, 0])
+            high, low = (lines[:, place + plane : place + plane + 8].view(np.int8) for plane in (0, PLANE))
+            order = (0, 2, 4, 6, 1, 3, 5, 7) if plan.bits == 4 else range(8)
+            found[:, [8 * run + i for i in order]] = high * 256.0 + low
+        else:
+            place = int(place_of(o, plan, product, o.constant(run))[0, 0])
+            data = np.ascontiguousarray(lines[:, place : place + 16]).view(dtype).astype(np.float32)
+            found[:, [8 * run + i for i in run_order(plan.bits)]] = data
+    if plan.integer:
+        count, at = product.staged // product.span, int(smem["units"][0, 0])
+        units = o.smem[0, at : at + 4 * plan.m * count].view(np.float32).reshape(plan.m, count)
+        steps = np.repeat(units * (16 if plan.bits == 4 else 1), product.span, axis=-1)
+        found *= steps
     norm = {QKV: layer.norms[0], UP: layer.norms[1], OUT: None}[which]
     wanted = jnp.asarray(x) if norm is None else normalise(jnp.asarray(x), norm)
-    sums = None
-    if plan.factors:
-        count = product.staged // product.group
-        at = smem["group_sums"]
-        sums = o.smem[0, at : at + 4 * plan.m * count].view(np.float32).reshape(plan.m, count)
-    return plan, product, found, np.asarray(wanted, np.float32), sums
+    return plan, product, found, np.asarray(wanted, np.float32), steps
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("which", [QKV, OUT, UP])
 def test_rows_are_normalised_and_filled_up_with_zeros(name, which):
-    plan, product, found, wanted, sums = staged(SMALL[name], which)
+    plan, product, found, wanted, steps = staged(SMALL[name], which)
     np.testing.assert_array_equal(found[:, product.inputs :], 0)
-    # One unit in the last place: the mean square is summed in another order.
+    # One unit in the last place: the mean square is summed in another order. Of fixed point half of one of its own.
     step = 2.0 ** (-7 if plan.kind == "bf16" else -10)
-    np.testing.assert_allclose(found[:, : product.inputs], wanted, rtol=step, atol=1e-6)
-    if sums is not None:
-        each = -offset_of(plan) * found.reshape(plan.m, -1, product.group).sum(-1)
-        np.testing.assert_allclose(sums, each, rtol=1e-5, atol=1e-3)
-
-
-def test_the_offset_is_what_the_exponent_and_the_toggled_sign_make():
-    assert offset_of(dataclasses.replace(staged(SMALL["int4, groups of 128"], OUT)[0], kind="bf16")) == 128 + 8
-    assert offset_of(dataclasses.replace(staged(SMALL["int4, groups of 128"], OUT)[0], kind="f16")) == 1024 + 8
-
-
-@pytest.mark.parametrize("name", ["plain", "layer norms, biases, no rotation"])
-@pytest.mark.parametrize("blocks", [1, 3, 40])
-def test_the_vectors_of_the_next_norms_are_asked_for_once(name, blocks):
-    """Of this layer's second half and the next layer's first; the last layer, which has none, asks for its own."""
-    arguments, rotary = operands(SMALL[name], layers=2)
-    plan = dataclasses.replace(plan_of(*arguments[:4], rotary=rotary, **static(SMALL[name])), blocks=blocks)
-    o = Emulated(blocks, plan.shared + 16384, THREADS)
-    ref = {parameter: [0, 0] for parameter in plan.parameters}
-    vectors = [parameter for parameter in plan.parameters if parameter.endswith(("_scale", "_shift"))]
-    for parameter in vectors:
-        ref[parameter] = [o.place(np.zeros(plan.hidden, np.uint16)) for _ in range(2)]
-    memory = Memory(o, plan, ref, {array: o.reserve(size) for array, size in plan.arrays.items()})
-    for layer in range(2):
-        asked = []
-        o.prefetch = lambda address, asked=asked: asked.extend(address[o.active].tolist())
-        memory.layer = o.constant(layer)
-        fetch_early(o, plan, memory)
-        starts = [ref[parameter][layer if parameter.startswith("up") else 1] for parameter in vectors]
-        assert sorted(asked) == sorted(start + byte for start in starts for byte in range(0, 2 * plan.hidden, 128))
+    most = 1e-6 if steps is None else 0.51 * steps[:, : product.inputs].max()
+    np.testing.assert_allclose(found[:, : product.inputs], wanted, rtol=step, atol=most)
