@@ -23,6 +23,9 @@ NEVER = -1e30
 LOG2E = 1.4426950408889634
 
 
+FETCHED = 4
+"""Steps of a warp whose keys and values are asked for when the layer begins."""
+
 HEADS = 2
 """Query heads that a warp attends with at once; more would not fit into its registers, and are further passes."""
 
@@ -96,6 +99,30 @@ class Keys:
         return token, o.wide(row) * (plan.dim * 2) + o.wide(o.lane % lanes * 16), there
 
 
+def fetch(o: Any, plan: LayerPlan, memory: Memory) -> None:
+    """Have the first keys and values of the block's units brought into the L2 cache, long before they are attended to.
+
+    Loads of a warp come back in the order in which they were asked for, those of what others send too: what memory is
+    slow to give would be waited for twice.
+    """
+
+    def unit(whose: Any, split: Any) -> None:
+        own = Keys.of(o, plan, memory, whose, split)
+        caches = [memory(name) for name in ("keys", "values")]
+        rows = 32 // (plan.dim // 8)
+
+        def ask(step: Any, carry: list[Any]) -> list[Any]:
+            _, at, _ = own.place(o, plan, memory, step)
+            for number in range(plan.tokens // rows):
+                for start in caches:
+                    o.prefetch(start + at + number * rows * plan.dim * 2)
+            return carry
+
+        o.loop(o.select(own.count < FETCHED, own.count, FETCHED), [], ask)
+
+    _each_unit(o, plan, unit)
+
+
 def _each_unit(o: Any, plan: LayerPlan, do: Callable[[Any, Any], None]) -> None:
     """Do something for each unit of the block: its sequence and key head, in one number, and its split."""
     units = plan.m * plan.groups * plan.splits
@@ -125,24 +152,47 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         return [word for start in starts for word in o.load_memory(start, 4)]
 
     # The first keys and values come while the query is computed; not beside two heads, for want of registers.
-    like = [o.constant(0)] * (8 * loads)
-    early = plan.per_group == 1
-    held = o.branch(o.constant(0) < own.count, lambda: load(o.constant(0)), lambda: like, like) if early else []
+    early, nothing = plan.per_group == 1, [o.constant(0)] * (8 * loads)
+    held = o.branch(o.constant(0) < own.count, lambda: load(o.constant(0)), lambda: nothing, nothing) if early else []
 
-    def head_words(number: Any) -> list[Any]:
-        """A lane's 8 entries of a head that was sent."""
-        at = ((group * (plan.per_group + 2) + number) * plan.dim + o.lane % lanes * 8) // 2
-        both = [memory.packet("heads", sequence, at + j) for j in (0, 2)]
+    def receive(numbers: list[Any]) -> list[Any]:
+        """A lane's 8 entries of heads that were sent: four words each."""
+        starts = [((group * (plan.per_group + 2) + number) * plan.dim + o.lane % lanes * 8) // 2 for number in numbers]
+        both = [memory.packet("heads", sequence, at + j) for at in starts for j in (0, 2)]
         found: list[Any] = o.receive(both, memory.epoch, pairs=True)
         return found
 
-    queries = []
+    numbers = []
     for head in heads:
         number = first_head + head
         if plan.per_group % HEADS and plan.per_group > HEADS:  # there may be none: its values go nowhere
             number = o.select(number < plan.per_group, number, 0)
-        queries.append([v for word in head_words(number) for v in o.unpack(plan.kind, word)])
+        numbers.append(number)
+    # One warp has the new token's key and value as well, which are where the query comes from.
+    newest = [o.constant(plan.per_group + i) for i in range(2)]
+    has_newest = (o.constant(0) < own.length) & o.equal(split * WARPS + o.warp, 0)
+    none = [o.constant(0)] * 8
+    like = [o.constant(0)] * (4 * len(numbers) + 8)
+    words = o.branch(
+        has_newest, lambda: receive([*numbers, *newest]), lambda: [*receive(numbers), *none], like
+    )  # fmt: skip
     memory.mark(o, "query")
+    values = [value for word in words for value in o.unpack(plan.kind, word)]
+    queries = [values[8 * head : 8 * head + 8] for head in heads]
+    key, value = values[-16:-8], values[-8:]
+    start = []
+    for query in queries:
+        score = key[0] * query[0]
+        for a, b in zip(key[1:], query[1:], strict=True):
+            score = o.fma(a, b, score)
+        for apart in (1, 2, 4, 8, 16):
+            if apart < lanes:
+                score = score + o.across(score, apart)
+        counted = has_newest & (own_row < 1)
+        start += [
+            o.select(has_newest, score * (plan.scale * LOG2E), NEVER), o.select(counted, o.constant(1.0), 0.0),
+            *(o.select(counted, entry, 0.0) for entry in value),
+        ]  # fmt: skip
 
     def add(carry: list[Any], keys: list[list[Any]], values: list[list[Any]], seen: list[Any]) -> list[Any]:
         """Attend to some keys more: of each load a lane's 8 entries of a key and a value, and whether it is seen."""
@@ -194,17 +244,11 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
             seen.append(inside if plan.window is None else inside & (first < key + 1))
         fours = [words[j : j + 4] for j in range(0, len(words), 4)]
         carry = add(carry, fours[:loads], fours[loads:], seen)
-        return [*carry, *o.branch(i + 1 < own.count, lambda: load(i + 1), lambda: like, like)] if early else carry
+        if not early:
+            return carry
+        return [*carry, *o.branch(i + 1 < own.count, lambda: load(i + 1), lambda: nothing, nothing)]
 
-    start = [o.constant(NEVER), *[o.constant(0.0)] * 9] * len(heads)
     carry = list(o.loop(own.count, [*start, *held], step))[: len(start)]
-
-    def newest() -> list[Any]:
-        key, value = (head_words(o.constant(plan.per_group + i)) for i in range(2))
-        return add(carry, [key], [value], [own_row < 1])
-
-    has_newest = (o.constant(0) < own.length) & o.equal(split * WARPS + o.warp, 0)
-    carry = o.branch(has_newest, newest, lambda: carry, carry)
     found = []
     for head in heads:
         largest, *sums = carry[10 * head : 10 * head + 10]

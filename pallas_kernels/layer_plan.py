@@ -198,6 +198,11 @@ class LayerPlan:
         return self.bits < 16
 
     @property
+    def holds(self) -> bool:
+        """Whether warps have what they multiply next in registers meanwhile; attending with many heads needs them."""
+        return self.per_group <= 2
+
+    @property
     def integer(self) -> bool:
         """Whether weights are integers: they are multiplied as such, by x in fixed point; see ``layer_staging``."""
         return self.weight in ("int8", "int4")

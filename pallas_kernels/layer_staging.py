@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels.layer_plan import DOWN, NAMES, OUT, QKV, THREADS, UP, WARPS, LayerPlan, Norm, Product
-from pallas_kernels.layer_stream import Memory
+from pallas_kernels.layer_stream import Memory, following
 from pallas_kernels.quantized_threads import ordered, run_order
 
 SOURCES = {QKV: "stream", OUT: "attended", UP: "middle", DOWN: "between"}
@@ -42,6 +42,27 @@ def vectors_of_norm(o: Any, plan: LayerPlan, which: int, memory: Memory) -> list
         for start in starts:
             found += o.load_memory(start + at, 4)
     return found
+
+
+def fetch(o: Any, plan: LayerPlan, memory: Memory) -> None:
+    """Have the vectors of the second norm, and of the next layer's first, brought into the L2 cache, some by each block.
+
+    All blocks wait for them, and where memory has much else to do it is slow to give them.
+    """
+    lines = -(-plan.hidden * 2 // 128)
+    first = o.block * lines // plan.blocks
+    line = first + o.thread
+    starts = []
+    for which, layer in ((UP, memory.layer), (QKV, following(o, plan, memory))):
+        for name in (f"{NAMES[which]}_scale", f"{NAMES[which]}_shift"):
+            if name in plan.parameters:
+                starts.append(memory.of_layer(layer, o.constant(plan.parameters.index(name))))
+
+    def ask() -> None:
+        for start in starts:
+            o.prefetch(start + o.wide(line) * 128)
+
+    o.when(line < (o.block + 1) * lines // plan.blocks, ask)
 
 
 def runs_of(o: Any, product: Product) -> list[tuple[Any, Any]]:

@@ -38,6 +38,11 @@ def channel_of(product: Product, tile: Any) -> Any:
     return tile // per * (2 * product.apart) + tile % per * PAIRS
 
 
+def following(o: Any, plan: LayerPlan, memory: Memory) -> Any:
+    """The number of the next layer; of the last, its own."""
+    return o.select(memory.layer < plan.layers - 1, memory.layer + 1, plan.layers - 1)
+
+
 class Memory:
     """Addresses of arrays in memory; of those that each layer has, the ones of the layer at hand.
 
@@ -89,9 +94,10 @@ class Stream:
     """What keeps the ring of a block full: the weights of all its tiles, one product's after another's.
 
     A stage holds a part of a tile's 16 channels, a row each, and a warp has its row copied by the copy engine, with one
-    instruction for 2 KiB. Factors of groups, few bytes in short pieces, are copied by the lanes of the warp that uses
-    them, behind the rows: [piece, group, half, pair] of each warp. A stage is full when its 16 rows have come, and
-    empty when 16 warps have read it.
+    instruction for 2 KiB. Factors of groups, 32 bytes for each group and half, are copied likewise by the warp that uses
+    them, behind the rows: [piece, group, half, pair] of each warp. Not by its threads: what they load comes back in the
+    order in which it was asked for, and packets would wait behind all factors that are on their way. A stage is full
+    when what 16 warps have asked for has come, and empty when 16 warps have read it.
 
     A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
     for its row, in shared memory, since registers are few. It runs ahead of what is multiplied, and does not wait where
@@ -200,36 +206,30 @@ class Stream:
         source = o.address(low, high)
         base = self.ring + slot * plan.stage
         size = o.select(left < ROW, left, ROW)
-        o.copy_rows(base + o.warp * ROW_PITCH, source, size, self.full + slot * 8)
+        copies = [(base + o.warp * ROW_PITCH, source, size)]
         if plan.factors:
             low, high, factors_apart, _ = o.load_shared(self.cursor + 32, 4)
-            # A lane has a piece, a half and a pair of channels: the lanes of a warp are as many as there are.
-            piece, half, pair = o.lane // (2 * PAIRS), o.lane // PAIRS % 2, o.lane % PAIRS
-            beside = o.address(low, high) + o.wide(pair * 4 + o.select(o.equal(half, 0), 0, factors_apart))
-            goal = self.factors(slot, piece, half, pair)
-            for group in range(plan.factors):
-                within = piece * plan.factors + group
+            beside, each = o.address(low, high), PIECES * plan.factors
+            for within in range(each):
                 # The bytes before the group's are there wherever the group is.
                 inside = o.warp * (PIECES * CHUNK) + within * (CHUNK // plan.factors) < left
-                index = (now[2] * WARPS + o.warp) * (PIECES * plan.factors) + within
-                size = o.select(inside, 4, o.constant(0))
-                o.copy_async(goal + group * (2 * PAIRS * 4), beside + o.wide(index * across), 4, size)
-            o.commit_copies()
+                some = o.select(inside, 4 * PAIRS, o.constant(0))
+                first = beside + o.wide(((now[2] * WARPS + o.warp) * each + within) * across)
+                for half in range(2):
+                    there = first + o.wide(factors_apart) if half else first
+                    copies.append((self.factors(slot, within, half), there, some))
+        o.copy_rows(copies, self.full + slot * 8)
         self._move_on(now, source, left, across)
 
-    def factors(self, slot: Any, piece: Any, half: Any, pair: Any) -> Any:
-        """Where a stage has the warp's factors of a channel, of a piece's first group."""
+    def factors(self, slot: Any, group: int, half: int) -> Any:
+        """Where a stage has a group of the warp's factors, one for each pair of channels."""
         plan = self.plan
         start = self.ring + slot * plan.stage + 2 * PAIRS * ROW_PITCH
-        index = (self.o.warp * PIECES + piece) * (plan.factors * 2 * PAIRS)
-        return start + (index + half * PAIRS + pair) * 4
+        return start + ((self.o.warp * (PIECES * plan.factors) + group) * 2 + half) * (PAIRS * 4)
 
     def await_full(self, slot: Any, parity: Any) -> None:
         """Wait until a stage has come."""
         self.o.await_barrier(self.full + slot * 8, parity)
-        if self.plan.factors:
-            self.o.wait_copies(self.plan.stages - LAG - 1)
-            self.o.sync_warp()  # other lanes' copies as well
 
     def release(self, slot: Any, parity: Any) -> None:
         """Say that the warp has read a stage, and refill the one that was read ``LAG`` steps before."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels.attention import BLOCK_SIZE
+from pallas_kernels.layer_attention import fetch as fetch_keys
 from pallas_kernels.layer_plan import (
     CHUNK,
     DOWN,
@@ -27,7 +28,8 @@ from pallas_kernels.layer_plan import (
     LayerPlan,
 )
 from pallas_kernels.layer_staging import PLANE, stage, vectors_of_norm
-from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
+from pallas_kernels.layer_staging import fetch as fetch_vectors
+from pallas_kernels.layer_stream import Memory, Stream, channel_of, following, tiles_of
 from pallas_kernels.quantized_threads import widen
 
 CHAINS = 4
@@ -43,8 +45,8 @@ def multiply(
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the stage of the ring that is read next, its parity, and what has been read of the one before, which is
-            multiplied next; so is what is returned.
+        carry: the stage of the ring that is read next, its parity and, if the plan holds it, what has been read of the
+            one before, which is multiplied next; so is what is returned.
     """
     product = plan.products[which]
     column = o.lane % 4
@@ -53,11 +55,14 @@ def multiply(
     kept = 2 if plan.integer else 4
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        held, totals = carry[2:-kept], carry[-kept:]
+        before, totals = carry[:-kept], carry[-kept:]
+        if not plan.holds:
+            before = read_next(o, plan, stream, before)
+        held = before[2:]
         each = len(held) // PIECES
         for piece in range(PIECES):
             totals = add((i * WARPS + o.warp) * PIECES + piece, held[piece * each : (piece + 1) * each], totals)
-        return [*read_next(o, plan, stream, carry[:2]), *totals]
+        return [*(read_next(o, plan, stream, before[:2]) if plan.holds else before[:2]), *totals]
 
     base = smem["work"] + plan.m * plan.x_line(which) + o.warp * (plan.m * 2 * PAIRS * 4) + o.lane // 4 * 4
 
@@ -94,8 +99,7 @@ def read_next(o: Any, plan: LayerPlan, stream: Stream, place: list[Any]) -> list
             found += o.load_shared(own + half * PAIRS * ROW_PITCH + piece * CHUNK, 4)
         for group in range(plan.factors):
             for half in range(2):
-                at = stream.factors(slot, o.constant(piece), o.constant(half), row) + group * (2 * PAIRS * 4)
-                found += o.load_shared(at)
+                found += o.load_shared(stream.factors(slot, piece * plan.factors + group, half) + row * 4)
     stream.release(slot, parity)
     last = o.equal(slot, plan.stages - 1)
     return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *found]
@@ -223,6 +227,24 @@ def vectors_of_result(
         start = memory(f"{name}_bias")
         biases = [o.load_half(plan.kind, start + o.wide(channel) * 2) for channel in channels]
     return factors, biases
+
+
+def fetch_beside(o: Any, plan: LayerPlan, memory: Memory) -> None:
+    """Have what :func:`vectors_of_result` will load brought into the L2 cache; of the first product, the next layer's.
+
+    For the same reason as in :func:`pallas_kernels.layer_staging.fetch`.
+    """
+    for which, name in enumerate(NAMES):
+        sizes = {"factors": 4} if plan.quantized and not plan.factors else {}
+        sizes |= {"bias": 2} if plan.biased[which] else {}
+        if not sizes:
+            continue
+        layer = following(o, plan, memory) if which == QKV else memory.layer
+        result = Result.of(o, plan, which)
+        for what, size in sizes.items():
+            start = memory.of_layer(layer, o.constant(plan.parameters.index(f"{name}_{what}")))
+            for channel in (result.low, result.high):
+                o.prefetch(start + o.wide(channel) * size)
 
 
 def affine(values: list[Any], factors: list[Any] | None, biases: list[Any] | None) -> list[Any]:
@@ -363,10 +385,15 @@ def run(
     stream = Stream(o, plan, memory, smem)
     o.sync()
     stream.fill()
-    start = read_next(o, plan, stream, [o.constant(0), o.constant(0)])
+    start = [o.constant(0), o.constant(0)]
+    if plan.holds:
+        start = read_next(o, plan, stream, start)
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:
         memory.layer, memory.epoch = number, number + 1
+        fetch_keys(thread.fresh(), plan, memory)
+        fetch_vectors(thread.fresh(), plan, memory)
+        fetch_beside(thread.fresh(), plan, memory)
         for which in (QKV, OUT, UP, DOWN):
             o = thread.fresh()
             beside = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []
@@ -392,16 +419,15 @@ def run(
                 o = thread.fresh()
                 result = Result.of(o, plan, which)
             values = affine(result.sums(o, plan, which, smem), factors, biases)
-            o.sync()  # what is staged next may lie where the sums do
             if which == QKV:
                 finish_qkv(o, plan, result, values, angles, memory)
                 memory.mark(o, "qkv sent")
+                o.sync()  # what comes next may lie where the sums do
                 attend(thread.fresh(), plan, memory, smem)
             else:
                 finish_row(o, plan, which, result, values, added, memory)
                 memory.mark(o, f"{NAMES[which]} sent")
+                o.sync()
         return carry
 
     o.loop(plan.layers, start, layer)
-    if plan.factors:
-        o.wait_copies(0)

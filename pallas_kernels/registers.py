@@ -318,18 +318,28 @@ class Registers:
         """Wait until at most so many groups of this thread's copies are under way."""
         _asm(f"cp.async.wait_group {groups};")
 
-    def copy_rows(self, target: Reg, source: Reg, size: Reg, barrier: Reg) -> None:
-        """Warp: start to copy ``size`` bytes, a multiple of 16, from global to shared memory by the copy engine.
+    def copy_rows(self, copies: Sequence[tuple[Reg, Reg, Reg]], barrier: Reg) -> None:
+        """Warp: start copies by the copy engine: to shared memory, from global memory, of so many bytes, 16 or more.
 
-        All lanes name the same. The warp arrives at the barrier, which then waits for the bytes as well. They are
-        marked as the first that the L2 cache may forget.
+        All lanes name the same. The warp arrives at the barrier, which then waits for the bytes as well. Those of the
+        first copy are marked as the first that the L2 cache may forget.
         """
+        total = copies[0][2]
+        for _, _, size in copies[1:]:
+            total = total + size
+        lines = []
+        for i in range(len(copies)):
+            target, source, size = (f"${3 * i + j + 3}" for j in range(3))
+            hint, policy = (".L2::cache_hint", ", $2") if i == 0 else ("", "")
+            lines.append(
+                f"setp.ne.and.u32 some, {size}, 0, one; @some cp.async.bulk.shared::cluster.global"
+                f".mbarrier::complete_tx::bytes{hint} [{target}], [{source}], {size}, [$0]{policy};"
+            )
+        first = Reg(_constant(0x12F0000000000000, _type("i64")))
         _asm(
-            "{ .reg .pred one, some; elect.sync _|one, 0xffffffff; setp.ne.and.u32 some, $2, 0, one; "
-            "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2; "
-            "@some cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-            "[$0], [$1], $2, [$3], $4; }",
-            target, source, size, barrier, Reg(_constant(0x12F0000000000000, _type("i64"))), convergent=True,
+            "{ .reg .pred one, some; elect.sync _|one, 0xffffffff; "
+            f"@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1; {' '.join(lines)} }}",
+            barrier, total, first, *(value for copy in copies for value in copy), convergent=True,
         )  # fmt: skip
 
     def init_barriers(self, address: Reg, number: int, arrivals: int) -> None:
@@ -371,7 +381,7 @@ class Registers:
 
     def load_half(self, kind: str, address: Reg, *, fresh: bool = False) -> Reg:
         """Load a bfloat16 or float16 of global memory as f32; ``fresh``, past what the SM may have kept of it."""
-        way = "volatile.global" if fresh else "global"
+        way = "relaxed.gpu.global" if fresh else "global"
         raw = _asm(f"{{ .reg .b16 h; ld.{way}.b16 h, [$1]; cvt.u32.u16 $0, h; }}", address, results=["i32"])[0]
         return self.unpack(kind, raw)[0]
 
@@ -407,7 +417,7 @@ class Registers:
     def send(self, address: Reg, word: Reg, number: Reg) -> None:
         """Write a packet of 8 bytes into global memory."""
         word = Reg(llvm.bitcast(_type("i32"), word.value)) if word.floating else word
-        _asm("st.volatile.global.v2.b32 [$0], {$1, $2};", address, word, number)
+        _asm("st.relaxed.gpu.global.v2.b32 [$0], {$1, $2};", address, word, number)
 
     def receive(self, addresses: Sequence[Reg], number: Reg, pairs: bool = False) -> list[Reg]:
         """Wait until the packets at all addresses have a number, and return their words.
@@ -419,7 +429,7 @@ class Registers:
         lines = []
         for i in range(len(addresses)):
             names = ", ".join(f"${i * each + j}, flag{i * each + j}" for j in range(each))
-            lines.append(f"ld.volatile.global.v{2 * each}.b32 {{{names}}}, [${words + 1 + i}];")
+            lines.append(f"ld.relaxed.gpu.global.v{2 * each}.b32 {{{names}}}, [${words + 1 + i}];")
         lines.append(f"setp.ne.u32 wrong, flag0, ${words};")
         lines += [f"setp.ne.or.u32 wrong, flag{i}, ${words}, wrong;" for i in range(1, words)]
         flags = ", ".join(f"flag{i}" for i in range(words))
@@ -447,10 +457,6 @@ class Registers:
             utils.warpgroup_barrier()
         else:
             _asm(f"bar.sync 0, {self.threads};", convergent=True)
-
-    def sync_warp(self) -> None:
-        """Wait for the lanes of the warp, and see what they have written to shared memory."""
-        _asm("bar.warp.sync 0xffffffff;", convergent=True)
 
     def sync_cluster(self) -> None:
         """Wait for the threads of the cluster."""

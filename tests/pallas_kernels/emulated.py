@@ -235,13 +235,14 @@ class Emulated:
     def publish_to_copies(self):
         pass
 
-    def copy_rows(self, target, source, size, barrier):
-        for value in (target, source, size, barrier):
+    def copy_rows(self, copies, barrier):
+        for value in (*(value for copy in copies for value in copy), barrier):
             assert (value.reshape(self.blocks, -1, 32) == value.reshape(self.blocks, -1, 32)[..., :1]).all()
         for block, thread in np.argwhere(self.active & (self.lane == 0)):
-            one = [int(value[block, thread]) for value in (target, source, size, barrier)]
-            assert not any(value % 16 for value in one[:3])
-            self.rows.append((block, *one))
+            for copy in copies:
+                one = [int(value[block, thread]) for value in copy]
+                assert not any(value % 16 for value in one)
+                self.rows.append((block, *one, int(barrier[block, thread])))
         self.arrive(barrier)
 
     def arrive(self, barrier):
@@ -328,4 +329,4 @@ class Emulated:
     def sync(self):
         pass
 
-    sync_cluster = sync_warp = sync
+    sync_cluster = sync
