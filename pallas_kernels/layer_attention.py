@@ -142,18 +142,7 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
     rows = 32 // lanes
     loads, heads = plan.tokens // rows, range(min(HEADS, plan.per_group))
     own, own_row = Keys.of(o, plan, memory, whose, split), o.lane // lanes
-    caches = {name: memory(name) for name in ("keys", "values")}
     sequence, group, before, first = own.sequence, own.group, own.before, own.first
-
-    def load(i: Any) -> list[Any]:
-        """A step's words: four of each load of keys, then of values."""
-        _, at, _ = own.place(o, plan, memory, i)
-        starts = [caches[name] + at + j * rows * plan.dim * 2 for name in ("keys", "values") for j in range(loads)]
-        return [word for start in starts for word in o.load_memory(start, 4)]
-
-    # The first keys and values come while the query is computed; not beside two heads, for want of registers.
-    early, nothing = plan.per_group == 1, [o.constant(0)] * (8 * loads)
-    held = o.branch(o.constant(0) < own.count, lambda: load(o.constant(0)), lambda: nothing, nothing) if early else []
 
     def receive(numbers: list[Any]) -> list[Any]:
         """A lane's 8 entries of heads that were sent: four words each."""
@@ -235,20 +224,19 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         return [value for head in state for value in head]
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        carry, words = carry[: len(start)], carry[len(start) :] if early else load(i)
-        token, _, there = own.place(o, plan, memory, i)
+        token, at, there = own.place(o, plan, memory, i)
+        keys, values = (
+            [o.load_memory(memory(name) + at + number * rows * plan.dim * 2, 4) for number in range(loads)]
+            for name in ("keys", "values")
+        )
         seen = []
         for number in range(loads):
             key = token + own_row + number * rows
             inside = there & (key < before)
             seen.append(inside if plan.window is None else inside & (first < key + 1))
-        fours = [words[j : j + 4] for j in range(0, len(words), 4)]
-        carry = add(carry, fours[:loads], fours[loads:], seen)
-        if not early:
-            return carry
-        return [*carry, *o.branch(i + 1 < own.count, lambda: load(i + 1), lambda: nothing, nothing)]
+        return add(carry, keys, values, seen)
 
-    carry = list(o.loop(own.count, [*start, *held], step))[: len(start)]
+    carry = list(o.loop(own.count, start, step))
     found = []
     for head in heads:
         largest, *sums = carry[10 * head : 10 * head + 10]

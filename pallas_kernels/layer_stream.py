@@ -174,16 +174,34 @@ class Stream:
         source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(row)
         # By all lanes: it is the same.
         o.store_shared(cursor, [layer, entry, o.constant(0), steps])
-        o.store_shared(cursor + 16, [*o.halves(source), o.select(there, line, 0), across])
+        o.store_shared(cursor + 16, [*o.halves(source), o.select(there, line, 0), o.constant(0)])
         if plan.factors:
             number = o.load_shared(at + 32)[0]
-            beside = self.memory.of_layer(held, number) + o.wide(factors)
+            own = factors + o.warp * across * (PIECES * plan.factors)
+            beside = self.memory.of_layer(held, number) + o.wide(own)
             o.store_shared(cursor + 32, [*o.halves(beside), factors_apart, across])
 
-    def _move_on(self, now: list[Any], source: Any, left: Any, across: Any) -> None:
-        """Put the cursor at the next step, of its tile or of the next."""
-        o, cursor = self.o, self.cursor
-        layer, entry, step, steps = now
+    def _copy(self, slot: Any) -> None:
+        """Start to copy what the cursor stands at into a stage, and move it on: to the next step, or the next tile."""
+        o, plan, cursor = self.o, self.plan, self.cursor
+        layer, entry, step, steps = o.load_shared(cursor, 4)
+        low, high, left, _ = o.load_shared(cursor + 16, 4)
+        source = o.address(low, high)
+        base = self.ring + slot * plan.stage
+        size = o.select(left < ROW, left, ROW)
+        copies = [(base + o.warp * ROW_PITCH, source, size)]
+        each = PIECES * plan.factors  # groups of the warp
+        if each:
+            low, high, apart, across = o.load_shared(cursor + 32, 4)
+            beside = o.address(low, high)
+            for group in range(each):
+                # The bytes before the group's are there wherever the group is.
+                inside = o.warp * (PIECES * CHUNK) + group * (CHUNK // plan.factors) < left
+                some = o.select(inside, 4 * PAIRS, o.constant(0))
+                first = beside + o.wide(across * group) if group else beside
+                copies.append((self.factors(slot, group, 0), first, some))
+                copies.append((self.factors(slot, group, 1), first + o.wide(apart), some))
+        o.copy_rows(copies, self.full + slot * 8)
 
         def following() -> list[Any]:
             last = self.entries < entry + 2
@@ -192,34 +210,13 @@ class Stream:
 
         def onward() -> list[Any]:
             o.store_shared(cursor, [layer, entry, step + 1, steps])
-            more = [*o.halves(source + ROW), o.select(left < ROW, 0, left - ROW), across]
-            o.store_shared(cursor + 16, more)
+            more = o.select(left < ROW, 0, left - ROW)
+            o.store_shared(cursor + 16, [*o.halves(source + ROW), more, o.constant(0)])
+            if each:
+                o.store_shared(cursor + 32, [*o.halves(beside + o.wide(across * (WARPS * each))), apart, across])
             return []
 
         o.branch(step + 1 < steps, onward, following, [])
-
-    def _copy(self, slot: Any) -> None:
-        """Start to copy what the cursor stands at into a stage, and move it on."""
-        o, plan = self.o, self.plan
-        now = o.load_shared(self.cursor, 4)
-        low, high, left, across = o.load_shared(self.cursor + 16, 4)
-        source = o.address(low, high)
-        base = self.ring + slot * plan.stage
-        size = o.select(left < ROW, left, ROW)
-        copies = [(base + o.warp * ROW_PITCH, source, size)]
-        if plan.factors:
-            low, high, factors_apart, _ = o.load_shared(self.cursor + 32, 4)
-            beside, each = o.address(low, high), PIECES * plan.factors
-            for within in range(each):
-                # The bytes before the group's are there wherever the group is.
-                inside = o.warp * (PIECES * CHUNK) + within * (CHUNK // plan.factors) < left
-                some = o.select(inside, 4 * PAIRS, o.constant(0))
-                first = beside + o.wide(((now[2] * WARPS + o.warp) * each + within) * across)
-                for half in range(2):
-                    there = first + o.wide(factors_apart) if half else first
-                    copies.append((self.factors(slot, within, half), there, some))
-        o.copy_rows(copies, self.full + slot * 8)
-        self._move_on(now, source, left, across)
 
     def factors(self, slot: Any, group: int, half: int) -> Any:
         """Where a stage has a group of the warp's factors, one for each pair of channels."""

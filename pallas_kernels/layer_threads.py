@@ -29,7 +29,7 @@ from pallas_kernels.layer_plan import (
 )
 from pallas_kernels.layer_staging import PLANE, stage, vectors_of_norm
 from pallas_kernels.layer_staging import fetch as fetch_vectors
-from pallas_kernels.layer_stream import Memory, Stream, channel_of, following, tiles_of
+from pallas_kernels.layer_stream import Memory, Stream, channel_of, tiles_of
 from pallas_kernels.quantized_threads import widen
 
 CHAINS = 4
@@ -229,24 +229,6 @@ def vectors_of_result(
     return factors, biases
 
 
-def fetch_beside(o: Any, plan: LayerPlan, memory: Memory) -> None:
-    """Have what :func:`vectors_of_result` will load brought into the L2 cache; of the first product, the next layer's.
-
-    For the same reason as in :func:`pallas_kernels.layer_staging.fetch`.
-    """
-    for which, name in enumerate(NAMES):
-        sizes = {"factors": 4} if plan.quantized and not plan.factors else {}
-        sizes |= {"bias": 2} if plan.biased[which] else {}
-        if not sizes:
-            continue
-        layer = following(o, plan, memory) if which == QKV else memory.layer
-        result = Result.of(o, plan, which)
-        for what, size in sizes.items():
-            start = memory.of_layer(layer, o.constant(plan.parameters.index(f"{name}_{what}")))
-            for channel in (result.low, result.high):
-                o.prefetch(start + o.wide(channel) * size)
-
-
 def affine(values: list[Any], factors: list[Any] | None, biases: list[Any] | None) -> list[Any]:
     """Products times factors plus biases."""
     if factors is not None:
@@ -393,7 +375,6 @@ def run(
         memory.layer, memory.epoch = number, number + 1
         fetch_keys(thread.fresh(), plan, memory)
         fetch_vectors(thread.fresh(), plan, memory)
-        fetch_beside(thread.fresh(), plan, memory)
         for which in (QKV, OUT, UP, DOWN):
             o = thread.fresh()
             beside = vectors_of_norm(o, plan, which, memory) if which in (QKV, UP) else []

@@ -22,7 +22,6 @@ import torch
 import jaxinfer
 from pallas_kernels import MAX_LAYER_ROWS, Device, qkv_gemm
 from pallas_kernels.choices import MAX_LINEAR_ROWS
-from pallas_kernels.layers_choice import LAYER_WEIGHTS
 from pallas_kernels.qkv_gemm import tuning_for_heads
 from tests.bare import steady
 from tests.cases import CASES, Case, case
@@ -159,9 +158,7 @@ def test_whole_layers_say_what_float32_does_and_twice_the_same(chosen, quantize,
         serving = {choice.op: choice.implementation for choice in engine.implementations}
         outputs, again = ([output.outputs[0] for output in engine.generate(asked, sampling)] for _ in range(2))
     if Device.of(jax.devices()[0]).hopper:
-        assert [name for op, name in serving.items() if op.startswith("whole layers")] == [
-            "mosaic" if quantize in LAYER_WEIGHTS else "apart"
-        ]
+        assert [name for op, name in serving.items() if op.startswith("whole layers")] == ["mosaic"]
     for one, other in zip(outputs, again, strict=True):
         assert one.token_ids == other.token_ids
         assert one.logprobs == other.logprobs
