@@ -117,10 +117,9 @@ def _qkv(on: Device, shapes: Shapes) -> Choice[str]:
 def _whole(on: Device, shapes: Shapes) -> Iterator[Choice[str]]:
     """All layers of a decode step, apart where it depends on the rows."""
     found: dict[Choice[str], list[str]] = {}
-    weight = next((dtype for *_, dtype in shapes.products), shapes.dtype)
     for rows in range(1, MAX_LAYER_ROWS + 1):
         problem = shapes.whole[min(rows, len(shapes.whole)) - 1]
-        choice: Choice[str] = layers_choice(on, rows=rows, weight_dtype=weight, problem=problem)
+        choice: Choice[str] = layers_choice(on, rows=rows, problem=problem)
         found.setdefault(choice, []).append(str(rows))
     for choice, rows_of in found.items():
         yield choice if len(found) == 1 else dataclasses.replace(choice, op=f"{choice.op} ({', '.join(rows_of)})")

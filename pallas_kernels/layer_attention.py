@@ -8,7 +8,6 @@ the splits have by the block of the first.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

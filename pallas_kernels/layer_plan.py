@@ -35,6 +35,9 @@ ENTRY = 48
 HEADS = (64, 128, 256)
 """Head sizes: four, two or one keys for a load by all lanes."""
 
+HOLDS = 1
+"""Stages that warps have in registers; see ``LayerPlan.holds``."""
+
 MAX_INTEGER_ROWS = 4
 """Sequences with weights of integers: two of the eight columns of a product by integers are one's."""
 
@@ -198,9 +201,9 @@ class LayerPlan:
         return self.bits < 16
 
     @property
-    def holds(self) -> bool:
-        """Whether warps have what they multiply next in registers meanwhile; attending with many heads needs them."""
-        return self.per_group <= 2
+    def holds(self) -> int:
+        """Stages that warps have in registers until they multiply them; attending with many heads needs those."""
+        return HOLDS if self.per_group == 1 else int(self.per_group == 2)
 
     @property
     def integer(self) -> bool:

@@ -45,7 +45,7 @@ def vectors_of_norm(o: Any, plan: LayerPlan, which: int, memory: Memory) -> list
 
 
 def fetch(o: Any, plan: LayerPlan, memory: Memory) -> None:
-    """Have the vectors of the second norm, and of the next layer's first, brought into the L2 cache, some by each block.
+    """Have the vectors of the second norm and of the next layer's first brought into the L2 cache, some by each block.
 
     All blocks wait for them, and where memory has much else to do it is slow to give them.
     """

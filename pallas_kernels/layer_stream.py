@@ -94,10 +94,10 @@ class Stream:
     """What keeps the ring of a block full: the weights of all its tiles, one product's after another's.
 
     A stage holds a part of a tile's 16 channels, a row each, and a warp has its row copied by the copy engine, with one
-    instruction for 2 KiB. Factors of groups, 32 bytes for each group and half, are copied likewise by the warp that uses
-    them, behind the rows: [piece, group, half, pair] of each warp. Not by its threads: what they load comes back in the
-    order in which it was asked for, and packets would wait behind all factors that are on their way. A stage is full
-    when what 16 warps have asked for has come, and empty when 16 warps have read it.
+    instruction for 2 KiB. Factors of groups, 32 bytes for each group and half, are copied likewise by the warp that
+    uses them, behind the rows: [piece, group, half, pair] of each warp. Not by its threads: what they load comes back
+    in the order in which it was asked for, and packets would wait behind all factors that are on their way. A stage is
+    full when what 16 warps have asked for has come, and empty when 16 warps have read it.
 
     A cursor is a layer, the tile in the table, the step in it, and what the table says of the tile. Every warp has one,
     for its row, in shared memory, since registers are few. It runs ahead of what is multiplied, and does not wait where

@@ -7,7 +7,7 @@ addresses of arrays, ``smem`` names those in shared memory. The idea is describe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from pallas_kernels.layer_plan import (
     PIECES,
     QKV,
     ROW_PITCH,
-    THREADS,
     UP,
     WARPS,
     LayerPlan,
@@ -38,15 +37,13 @@ CHAINS = 4
 TARGETS = {OUT: "middle", UP: "between", DOWN: "stream"}
 
 
-def multiply(
-    o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str, Any], carry: list[Any]
-) -> list[Any]:
+def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str, Any], carry: list[Any]) -> list[Any]:
     """Multiply the block's tiles of a product, and put each warp's sums into shared memory.
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the stage of the ring that is read next, its parity and, if the plan holds it, what has been read of the
-            one before, which is multiplied next; so is what is returned.
+        carry: the stage of the ring that is read next, its parity, and what has been read of as many before it as the
+            plan holds, which are multiplied next; so is what is returned.
     """
     product = plan.products[which]
     column = o.lane % 4
@@ -55,14 +52,15 @@ def multiply(
     kept = 2 if plan.integer else 4
 
     def step(i: Any, carry: list[Any]) -> list[Any]:
-        before, totals = carry[:-kept], carry[-kept:]
+        held, totals = carry[:-kept], carry[-kept:]
         if not plan.holds:
-            before = read_next(o, plan, stream, before)
-        held = before[2:]
-        each = len(held) // PIECES
+            held = read_next(o, plan, stream, held)
+        each = words_of(plan)
         for piece in range(PIECES):
-            totals = add((i * WARPS + o.warp) * PIECES + piece, held[piece * each : (piece + 1) * each], totals)
-        return [*(read_next(o, plan, stream, before[:2]) if plan.holds else before[:2]), *totals]
+            at = 2 + piece * each
+            totals = add((i * WARPS + o.warp) * PIECES + piece, held[at : at + each], totals)
+        held = [*held[:2], *held[2 + PIECES * each :]]
+        return [*(read_next(o, plan, stream, held) if plan.holds else held), *totals]
 
     base = smem["work"] + plan.m * plan.x_line(which) + o.warp * (plan.m * 2 * PAIRS * 4) + o.lane // 4 * 4
 
@@ -83,26 +81,34 @@ def multiply(
     return list(o.loop(tiles_of(o, plan, which)[1], carry, tile))
 
 
-def read_next(o: Any, plan: LayerPlan, stream: Stream, place: list[Any]) -> list[Any]:
-    """Read what a warp multiplies next into registers, which make the ring longer by a stage, and free its stage.
+def words_of(plan: LayerPlan) -> int:
+    """Words that a thread reads of a piece: four of either half's channel, and its groups' factors."""
+    return 8 + 2 * plan.factors
+
+
+def read_next(o: Any, plan: LayerPlan, stream: Stream, carry: list[Any]) -> list[Any]:
+    """Read what a warp multiplies later into registers, which make the ring longer, and free its stage.
+
+    Args:
+        o, plan, stream: as elsewhere here.
+        carry: the stage that is read, its parity, and what has been read before.
 
     Returns:
-        The place of the next stage, and for each piece four words of either half's channel and its groups' factors.
+        As ``carry``, with what is read behind the rest: for each piece :func:`words_of` words.
     """
-    slot, parity = place
+    slot, parity, *held = carry
     row, column = o.lane // 4, o.lane % 4
     stream.await_full(slot, parity)
     own = stream.ring + slot * plan.stage + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + column * 16
-    found = []
     for piece in range(PIECES):
         for half in range(2):
-            found += o.load_shared(own + half * PAIRS * ROW_PITCH + piece * CHUNK, 4)
+            held += o.load_shared(own + half * PAIRS * ROW_PITCH + piece * CHUNK, 4)
         for group in range(plan.factors):
             for half in range(2):
-                found += o.load_shared(stream.factors(slot, piece * plan.factors + group, half) + row * 4)
+                held += o.load_shared(stream.factors(slot, piece * plan.factors + group, half) + row * 4)
     stream.release(slot, parity)
     last = o.equal(slot, plan.stages - 1)
-    return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *found]
+    return [o.select(last, 0, slot + 1), o.select(last, parity ^ 1, parity), *held]
 
 
 Adds = Callable[[Any, list[Any], list[Any]], list[Any]]
@@ -155,9 +161,7 @@ def _integers(o: Any, plan: LayerPlan, which: int, smem: dict[str, Any]) -> Adds
         pairs = [run[j : j + 2] for run in runs for j in (0, 2)]
         low, high, factors = held[:4], held[4:8], [o.float_of(word) for word in held[8:]]
         if plan.bits == 4:  # even ones, then odd ones, each 16 times what it is
-            low, high = (
-                [part & 0xF0F0F0F0 for word in half for part in (word << 4, word)] for half in (low, high)
-            )
+            low, high = ([part & 0xF0F0F0F0 for word in half for part in (word << 4, word)] for half in (low, high))
         unit = o.float_of(o.load_shared(units + number * 4)[0])
         totals = list(totals)
         for group in range(max(1, plan.factors)):
@@ -368,7 +372,7 @@ def run(
     o.sync()
     stream.fill()
     start = [o.constant(0), o.constant(0)]
-    if plan.holds:
+    for _ in range(plan.holds):
         start = read_next(o, plan, stream, start)
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.choices import Choice, Device
 from pallas_kernels.decoder_layers import Cache, LayerOperands, cores_problem, dtype_problem, plan_of
@@ -21,12 +20,6 @@ them."""
 MAX_LAYER_TOKENS = 4096
 """Tokens that a row of the block tables has room for, up to which all layers are one kernel. It reads keys once for
 every two query heads that share them, mostly from the L2 cache while they are so few; it was timed at 512."""
-
-
-LAYER_WEIGHTS = ("bfloat16", "float16", "int8", "int4", "float8_e4m3fn")
-"""Dtypes of weights with which all layers are one kernel. In an engine on an H200, one sequence of a 7B Llama, it took
-2.27 ms a step with int8 and 1.55 with int4, the kernels of its parts 2.53 and 2.18 on another day. With bfloat16 it was
-no faster, 3.80 and 3.81 ms, and OPT was slower; fp8 was not timed (``benchmarks/results/table_h200_whole.json``)."""
 
 
 def layers_problem(
@@ -49,15 +42,12 @@ def layers_problem(
     return problem or plan_of(x, layers, caches, tables, rotary=rotary, scale=scale, window=window).problem()
 
 
-def layers_choice(
-    on: Device, *, rows: int, weight_dtype: Any, problem: str | None, tokens: int = 1
-) -> Choice[LayersImplementation]:
+def layers_choice(on: Device, *, rows: int, problem: str | None, tokens: int = 1) -> Choice[LayersImplementation]:
     """Choose how the layers of a decode step are computed.
 
     Args:
         on: what is compiled for.
         rows: sequences, one token each.
-        weight_dtype: of the weights as they are stored.
         problem: of the model or of the operands, such as :func:`layers_problem` names; None where there is none.
         tokens: that a row of the block tables has room for.
     """
@@ -70,8 +60,6 @@ def layers_choice(
         why = f"the kernel is made for Hopper, and this is {on}"
     elif (problem := cores_problem(on) or problem) is not None:
         why = f"the kernel does not run {problem}"
-    elif jnp.dtype(weight_dtype).name not in LAYER_WEIGHTS:
-        why = f"with weights of {jnp.dtype(weight_dtype).name} the kernel was not seen to be faster"
     elif rows == 0:
         why = "there are no rows"
     else:

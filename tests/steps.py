@@ -64,6 +64,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         {"max_batch": 1, "dtype": "float16", "quantize": "int8"}, 512,
     ),
     "whole, 64 layers": ({"norm": "rms", "gated_mlp": True, "count": 64}, {"max_batch": 1, "quantize": "int8"}, 512),
+    "whole, llama, bfloat16": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1}, 512),
+    "whole, 7B": (_7B, {"max_batch": 1}, 512),
     "whole, 7B, int8 weights": (_7B, {"max_batch": 1, "quantize": "int8"}, 512),
     "whole, 7B, int4 weights": (_7B, {"max_batch": 1, "quantize": "int4"}, 512),
     "one row, gemma": (
@@ -71,7 +73,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         512,
     ),
     "one row, int8 cache": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1, "kv_dtype": "int8"}, 512),
-    "one row, bfloat16": ({"norm": "rms", "gated_mlp": True}, {"max_batch": 1}, 512),
 }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def implementation(
         return "apart"
     problem = problem or split_problem(axis_size("tensor"))
     on, tokens = ops.device(), batch.tables.shape[1] * ops.BLOCK_SIZE
-    about: dict[str, Any] = {"rows": len(x), "tokens": tokens, "weight_dtype": layers[0].attention.qkv.dtype}
+    about = {"rows": len(x), "tokens": tokens}
     # Operands are looked at only where nothing else decides: elsewhere nothing of this is traced.
     if ops.layers_choice(on, **about, problem=problem).implementation == "mosaic":
         attention = layers[0].attention

@@ -177,7 +177,5 @@ CASES = {
     if name in LARGE or name in ("exact gelu, window", "tanh gelu", "int4, groups of 64", "float16", "heads of 256")
 }
 for _name in ("llama", "llama int4"):
-    CASES[f"{_name}, traced"] = functools.partial(
-        compiled_by_plan, LARGE[_name], 2, traced=True
-    )
+    CASES[f"{_name}, traced"] = functools.partial(compiled_by_plan, LARGE[_name], 2, traced=True)
 CASES["32 layers of llama int8"] = functools.partial(compiled, LARGE["llama int8"], 32)

@@ -68,10 +68,7 @@ def test_the_table_says_whether_whole_layers_are_one_kernel():
     one, two = said(HOPPER, whole=(None, "two"))
     assert one.startswith("whole layers of up to 2 rows and 4096 tokens (1): mosaic")
     assert two.startswith("whole layers of up to 2 rows and 4096 tokens (2): apart")
-    assert (
-        "with weights of bfloat16 the kernel was not seen to be faster" in said(HOPPER, whole=(None,), products=())[0]
-    )
-    for on in (HOPPER, AMPERE, BLACKWELL, CPU):  # of bfloat16
+    for on in (HOPPER, AMPERE, BLACKWELL, CPU):  # of no model
         assert [choice.implementation for choice in choices(on) if choice.op.startswith("whole")] == ["apart"]
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.decoder_layers import plan_of
-from pallas_kernels.layer_attention import attend
-from pallas_kernels.layer_plan import THREADS, divided, places
+from pallas_kernels.layer_attention import FETCHED, attend, fetch
+from pallas_kernels.layer_plan import THREADS, WARPS, divided, places
 from pallas_kernels.layer_stream import Memory
 from tests.pallas_kernels.emulated import Emulated
 from tests.pallas_kernels.layer_cases import Case, operands, static
@@ -114,3 +114,35 @@ def test_a_block_that_there_is_not_is_not_seen():
 )
 def test_any_lengths_and_windows(lengths, window, splits, seed):
     compare(Case(lengths=tuple(lengths), groups=1, window=window, width=3), splits, seed)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_what_is_asked_for_early_are_the_first_keys_that_are_read(window):
+    """Of sequences of any length, but for what lies behind the first steps of each warp, and for the new token's."""
+    case = Case(lengths=(700, 65, 1, 0), groups=2, width=11, window=window)
+    arguments, rotary = operands(case, layers=1)
+    plan = plan_of(*arguments[:4], rotary=rotary, **static(case))
+    plan = dataclasses.replace(plan, blocks=3, splits=1, stages=2)
+    tables, positions, keys = arguments[3], np.asarray(arguments[4]), np.asarray(arguments[2][0][0])
+    o = Emulated(plan.blocks, plan.shared + 16384, THREADS)
+    given = {"tables": tables, "lengths": jnp.maximum(arguments[4] + 1, 0), "keys": [keys], "values": [keys]}
+    ref = {
+        name: [o.place(array) for array in value] if isinstance(value, list) else o.place(np.asarray(value))
+        for name, value in given.items()
+    }
+    ref |= {name: [0] for name in plan.parameters if name not in ref}
+    memory = Memory(o, plan, ref, places(o, plan, o.reserve(plan.shared)))
+    asked = set()
+    o.prefetch = lambda address: asked.update((address[o.active] // 16).tolist())
+    fetch(o, plan, memory)
+    rows, size = WARPS * FETCHED * plan.tokens, plan.dim * 2
+    expected = set()
+    for sequence, position in enumerate(positions):
+        first = max(0, position + 1 - window) // plan.tokens * plan.tokens if window else 0
+        last = -(-position // plan.tokens) * plan.tokens
+        for group in range(plan.groups):
+            for token in range(first, min(last, first + rows)):
+                row = (int(tables[sequence, token // 64]) * plan.groups + group) * 64 + token % 64
+                for name in ("keys", "values"):
+                    expected.update(range((ref[name][0] + row * size) // 16, (ref[name][0] + (row + 1) * size) // 16))
+    assert asked == expected

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels.decoder_layers import plan_of
 from pallas_kernels.layer_plan import OUT, QKV, THREADS, UP, places
-from pallas_kernels.layer_staging import PLANE, place_of, place_of_integers, stage, vectors_of_norm
+from pallas_kernels.layer_staging import PLANE, fetch, place_of, place_of_integers, stage, vectors_of_norm
 from pallas_kernels.layer_stream import Memory
 from pallas_kernels.quantized_threads import run_order
 from pallas_kernels.skinny_gemm import normalise
@@ -78,3 +78,24 @@ def test_rows_are_normalised_and_filled_up_with_zeros(name, which):
     step = 2.0 ** (-7 if plan.kind == "bf16" else -10)
     most = 1e-6 if steps is None else 0.51 * steps[:, : product.inputs].max()
     np.testing.assert_allclose(found[:, : product.inputs], wanted, rtol=step, atol=most)
+
+
+@pytest.mark.parametrize("name", ["plain", "layer norms, biases, no rotation"])
+@pytest.mark.parametrize("blocks", [1, 3, 40])
+def test_the_vectors_of_the_next_norms_are_asked_for_once(name, blocks):
+    """Of this layer's second half and the next layer's first; the last layer, which has none, asks for its own."""
+    arguments, rotary = operands(SMALL[name], layers=2)
+    plan = dataclasses.replace(plan_of(*arguments[:4], rotary=rotary, **static(SMALL[name])), blocks=blocks)
+    o = Emulated(blocks, plan.shared + 16384, THREADS)
+    ref = {parameter: [0, 0] for parameter in plan.parameters}
+    vectors = [parameter for parameter in plan.parameters if parameter.endswith(("_scale", "_shift"))]
+    for parameter in vectors:
+        ref[parameter] = [o.place(np.zeros(plan.hidden, np.uint16)) for _ in range(2)]
+    memory = Memory(o, plan, ref, places(o, plan, o.reserve(plan.shared)))
+    for layer in range(2):
+        asked = []
+        o.prefetch = lambda address, asked=asked: asked.extend(address[o.active].tolist())
+        memory.layer = o.constant(layer)
+        fetch(o, plan, memory)
+        starts = [ref[parameter][layer if parameter.startswith("up") else 1] for parameter in vectors]
+        assert sorted(asked) == sorted(start + byte for start in starts for byte in range(0, 2 * plan.hidden, 128))

@@ -10,53 +10,41 @@ import pytest
 
 from pallas_kernels.choices import Device
 from pallas_kernels.decoder_layers import decoder_layers
-from pallas_kernels.layers_choice import LAYER_WEIGHTS, MAX_LAYER_ROWS, MAX_LAYER_TOKENS, layers_choice, layers_problem
+from pallas_kernels.layers_choice import MAX_LAYER_ROWS, MAX_LAYER_TOKENS, layers_choice, layers_problem
 from tests.pallas_kernels.layer_cases import Case, operands, static
 
 CPU, AMPERE, HOPPER, BLACKWELL = Device("cpu"), Device("gpu", "8.0"), Device("gpu", "9.0"), Device("gpu", "10.0")
 
 
 def test_few_rows_on_hopper():
-    assert layers_choice(HOPPER, weight_dtype="int8", rows=MAX_LAYER_ROWS, problem=None).implementation == "mosaic"
+    assert layers_choice(HOPPER, rows=MAX_LAYER_ROWS, problem=None).implementation == "mosaic"
     for on, rows, why in (
         (HOPPER, MAX_LAYER_ROWS + 1, "rows"), (HOPPER, 0, "there are no rows"), (CPU, 1, "this is cpu"),
         (AMPERE, 1, "8.0"), (BLACKWELL, 1, "10.0"),
     ):  # fmt: skip
-        chosen = layers_choice(on, weight_dtype="int8", rows=rows, problem=None)
+        chosen = layers_choice(on, rows=rows, problem=None)
         assert (chosen.implementation, chosen.compiler) == ("apart", "XLA")
         assert why in chosen.reason
 
 
 def test_long_contexts_are_served_operation_by_operation():
-    assert (
-        layers_choice(HOPPER, weight_dtype="int8", rows=1, problem=None, tokens=MAX_LAYER_TOKENS).implementation
-        == "mosaic"
-    )
-    chosen = layers_choice(HOPPER, weight_dtype="int8", rows=1, problem=None, tokens=MAX_LAYER_TOKENS + 64)
+    assert layers_choice(HOPPER, rows=1, problem=None, tokens=MAX_LAYER_TOKENS).implementation == "mosaic"
+    chosen = layers_choice(HOPPER, rows=1, problem=None, tokens=MAX_LAYER_TOKENS + 64)
     assert chosen.implementation == "apart"
     assert "beyond 4096 tokens" in chosen.reason
 
 
-def test_weights_with_which_it_was_not_seen_to_be_faster():
-    for weight in LAYER_WEIGHTS:
-        assert layers_choice(HOPPER, weight_dtype=weight, rows=1, problem=None).implementation == "mosaic"
-    for weight in ("bfloat16", "float16", "float8_e4m3fn"):
-        chosen = layers_choice(HOPPER, weight_dtype=weight, rows=1, problem=None)
-        assert chosen.implementation == "apart"
-        assert f"with weights of {weight}" in chosen.reason
-
-
 def test_a_problem_is_the_reason():
-    chosen = layers_choice(HOPPER, weight_dtype="int8", rows=1, problem="a softcap of scores")
+    chosen = layers_choice(HOPPER, rows=1, problem="a softcap of scores")
     assert chosen.implementation == "apart"
     assert "the kernel does not run a softcap of scores" in str(chosen)
 
 
 def test_a_smaller_gpu_would_wait_for_ever():
     for cores, wanted in ((132, "mosaic"), (144, "mosaic"), (114, "apart"), (None, "mosaic")):
-        chosen = layers_choice(Device("gpu", "9.0", cores), weight_dtype="int8", rows=1, problem=None)
+        chosen = layers_choice(Device("gpu", "9.0", cores), rows=1, problem=None)
         assert chosen.implementation == wanted
-    assert "on 114 SMs" in layers_choice(Device("gpu", "9.0", 114), weight_dtype="int8", rows=1, problem=None).reason
+    assert "on 114 SMs" in layers_choice(Device("gpu", "9.0", 114), rows=1, problem=None).reason
 
 
 PROBLEMS = {
