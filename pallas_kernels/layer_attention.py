@@ -21,7 +21,6 @@ NEVER = -1e30
 
 LOG2E = 1.4426950408889634
 
-
 FETCHED = 4
 """Steps of a warp whose keys and values are asked for when the layer begins."""
 
@@ -156,14 +155,12 @@ def _of_warp(o: Any, plan: LayerPlan, memory: Memory, whose: Any, split: Any, fi
         if plan.per_group % HEADS and plan.per_group > HEADS:  # there may be none: its values go nowhere
             number = o.select(number < plan.per_group, number, 0)
         numbers.append(number)
-    # One warp has the new token's key and value as well, which are where the query comes from.
+    # One warp has the new token's key and value as well, which come from where the query does: with them it begins.
     newest = [o.constant(plan.per_group + i) for i in range(2)]
     has_newest = (o.constant(0) < own.length) & o.equal(split * WARPS + o.warp, 0)
     none = [o.constant(0)] * 8
     like = [o.constant(0)] * (4 * len(numbers) + 8)
-    words = o.branch(
-        has_newest, lambda: receive([*numbers, *newest]), lambda: [*receive(numbers), *none], like
-    )  # fmt: skip
+    words = o.branch(has_newest, lambda: receive([*numbers, *newest]), lambda: [*receive(numbers), *none], like)
     memory.mark(o, "query")
     values = [value for word in words for value in o.unpack(plan.kind, word)]
     queries = [values[8 * head : 8 * head + 8] for head in heads]

@@ -35,9 +35,6 @@ ENTRY = 48
 HEADS = (64, 128, 256)
 """Head sizes: four, two or one keys for a load by all lanes."""
 
-HOLDS = 1
-"""Stages that warps have in registers; see ``LayerPlan.holds``."""
-
 MAX_INTEGER_ROWS = 4
 """Sequences with weights of integers: two of the eight columns of a product by integers are one's."""
 
@@ -201,9 +198,9 @@ class LayerPlan:
         return self.bits < 16
 
     @property
-    def holds(self) -> int:
-        """Stages that warps have in registers until they multiply them; attending with many heads needs those."""
-        return HOLDS if self.per_group == 1 else int(self.per_group == 2)
+    def holds(self) -> bool:
+        """Whether warps have what they multiply next in registers meanwhile; attending with many heads needs those."""
+        return self.per_group <= 2
 
     @property
     def integer(self) -> bool:
@@ -217,8 +214,8 @@ class LayerPlan:
 
     @property
     def factors(self) -> int:
-        """Groups of a chunk."""
-        return self.products[0].span // self.products[0].group if self.products[0].group else 0
+        """Groups of a chunk; of the product that has most, the others have each of theirs more than once."""
+        return max(product.span // product.group if product.group else 0 for product in self.products)
 
     @property
     def parameters(self) -> tuple[str, ...]:

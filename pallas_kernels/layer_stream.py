@@ -119,7 +119,10 @@ class Stream:
             if plan.factors:
                 each = product.channels // product.halves  # of a row of factors
                 apart = product.apart if product.halves == 1 else product.inputs // product.group * each
-                words += [low * 4, apart * 4, each * 4, plan.parameters.index(f"{NAMES[which]}_factors")]
+                # From one piece's first factor to the next one's, and from a piece's first to its second.
+                across = each * 4 * (product.span // product.group)
+                second = each * 4 if product.span // product.group == 2 else 0
+                words += [low * 4, apart * 4, across, plan.parameters.index(f"{NAMES[which]}_factors"), second]
             words += [0] * (12 - len(words))
             words = [word if not isinstance(word, int) else o.constant(word) for word in words]
             at = self.table + (self.entries + o.thread) * ENTRY
@@ -174,49 +177,51 @@ class Stream:
         source = self.memory.of_layer(held, which) + o.wide(offset) + o.wide(row)
         # By all lanes: it is the same.
         o.store_shared(cursor, [layer, entry, o.constant(0), steps])
-        o.store_shared(cursor + 16, [*o.halves(source), o.select(there, line, 0), o.constant(0)])
+        second = o.constant(0)
         if plan.factors:
-            number = o.load_shared(at + 32)[0]
-            own = factors + o.warp * across * (PIECES * plan.factors)
-            beside = self.memory.of_layer(held, number) + o.wide(own)
+            number, second, _, _ = o.load_shared(at + 32, 4)
+            beside = self.memory.of_layer(held, number) + o.wide(factors + o.warp * across * PIECES)
             o.store_shared(cursor + 32, [*o.halves(beside), factors_apart, across])
+        o.store_shared(cursor + 16, [*o.halves(source), o.select(there, line, 0), second])
 
     def _copy(self, slot: Any) -> None:
         """Start to copy what the cursor stands at into a stage, and move it on: to the next step, or the next tile."""
         o, plan, cursor = self.o, self.plan, self.cursor
         layer, entry, step, steps = o.load_shared(cursor, 4)
-        low, high, left, _ = o.load_shared(cursor + 16, 4)
+        low, high, left, second = o.load_shared(cursor + 16, 4)
         source = o.address(low, high)
         base = self.ring + slot * plan.stage
         size = o.select(left < ROW, left, ROW)
         copies = [(base + o.warp * ROW_PITCH, source, size)]
-        each = PIECES * plan.factors  # groups of the warp
-        if each:
+        if plan.factors:
             low, high, apart, across = o.load_shared(cursor + 32, 4)
             beside = o.address(low, high)
-            for group in range(each):
+            for group in range(PIECES * plan.factors):  # of the warp
                 # The bytes before the group's are there wherever the group is.
                 inside = o.warp * (PIECES * CHUNK) + group * (CHUNK // plan.factors) < left
                 some = o.select(inside, 4 * PAIRS, o.constant(0))
-                first = beside + o.wide(across * group) if group else beside
+                piece, within = divmod(group, plan.factors)
+                first = beside + o.wide(across * piece) if piece else beside
+                first = first + o.wide(second) if within else first
                 copies.append((self.factors(slot, group, 0), first, some))
                 copies.append((self.factors(slot, group, 1), first + o.wide(apart), some))
         o.copy_rows(copies, self.full + slot * 8)
 
-        def following() -> list[Any]:
+        def next_tile() -> list[Any]:
             last = self.entries < entry + 2
             self._go_to(o.select(last, layer + 1, layer), o.select(last, 0, entry + 1))
             return []
 
-        def onward() -> list[Any]:
+        def next_step() -> list[Any]:
             o.store_shared(cursor, [layer, entry, step + 1, steps])
             more = o.select(left < ROW, 0, left - ROW)
-            o.store_shared(cursor + 16, [*o.halves(source + ROW), more, o.constant(0)])
-            if each:
-                o.store_shared(cursor + 32, [*o.halves(beside + o.wide(across * (WARPS * each))), apart, across])
+            o.store_shared(cursor + 16, [*o.halves(source + ROW), more, second])
+            if plan.factors:
+                ahead = beside + o.wide(across * (WARPS * PIECES))
+                o.store_shared(cursor + 32, [*o.halves(ahead), apart, across])
             return []
 
-        o.branch(step + 1 < steps, onward, following, [])
+        o.branch(step + 1 < steps, next_step, next_tile, [])
 
     def factors(self, slot: Any, group: int, half: int) -> Any:
         """Where a stage has a group of the warp's factors, one for each pair of channels."""

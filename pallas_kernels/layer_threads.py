@@ -42,8 +42,8 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
 
     Args:
         o, plan, which, stream, smem: as elsewhere here.
-        carry: the stage of the ring that is read next, its parity, and what has been read of as many before it as the
-            plan holds, which are multiplied next; so is what is returned.
+        carry: the stage of the ring that is read next, its parity and, if the plan holds it, what has been read of the
+            one before, which is multiplied next; so is what is returned.
     """
     product = plan.products[which]
     column = o.lane % 4
@@ -55,12 +55,11 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
         held, totals = carry[:-kept], carry[-kept:]
         if not plan.holds:
             held = read_next(o, plan, stream, held)
-        each = words_of(plan)
+        place, words = held[:2], held[2:]
+        each = len(words) // PIECES
         for piece in range(PIECES):
-            at = 2 + piece * each
-            totals = add((i * WARPS + o.warp) * PIECES + piece, held[at : at + each], totals)
-        held = [*held[:2], *held[2 + PIECES * each :]]
-        return [*(read_next(o, plan, stream, held) if plan.holds else held), *totals]
+            totals = add((i * WARPS + o.warp) * PIECES + piece, words[piece * each : (piece + 1) * each], totals)
+        return [*(read_next(o, plan, stream, place) if plan.holds else place), *totals]
 
     base = smem["work"] + plan.m * plan.x_line(which) + o.warp * (plan.m * 2 * PAIRS * 4) + o.lane // 4 * 4
 
@@ -81,22 +80,17 @@ def multiply(o: Any, plan: LayerPlan, which: int, stream: Stream, smem: dict[str
     return list(o.loop(tiles_of(o, plan, which)[1], carry, tile))
 
 
-def words_of(plan: LayerPlan) -> int:
-    """Words that a thread reads of a piece: four of either half's channel, and its groups' factors."""
-    return 8 + 2 * plan.factors
-
-
-def read_next(o: Any, plan: LayerPlan, stream: Stream, carry: list[Any]) -> list[Any]:
-    """Read what a warp multiplies later into registers, which make the ring longer, and free its stage.
+def read_next(o: Any, plan: LayerPlan, stream: Stream, place: list[Any]) -> list[Any]:
+    """Read a stage, which is to be multiplied, into registers, and free it: those make the ring longer.
 
     Args:
         o, plan, stream: as elsewhere here.
-        carry: the stage that is read, its parity, and what has been read before.
+        place: the stage that is read and its parity.
 
     Returns:
-        As ``carry``, with what is read behind the rest: for each piece :func:`words_of` words.
+        The place of the next one, and for each piece four words of either half's channel and its groups' factors.
     """
-    slot, parity, *held = carry
+    (slot, parity), held = place, []
     row, column = o.lane // 4, o.lane % 4
     stream.await_full(slot, parity)
     own = stream.ring + slot * plan.stage + row * ROW_PITCH + o.warp * (PIECES * CHUNK) + column * 16
@@ -372,7 +366,7 @@ def run(
     o.sync()
     stream.fill()
     start = [o.constant(0), o.constant(0)]
-    for _ in range(plan.holds):
+    if plan.holds:
         start = read_next(o, plan, stream, start)
 
     def layer(number: Any, carry: list[Any]) -> list[Any]:

@@ -14,8 +14,9 @@ LayersImplementation = Literal["apart", "mosaic"]
 """Of the layers of a decode step: operation by operation, each with a choice of its own; or one Hopper kernel."""
 
 MAX_LAYER_ROWS = 2
-"""Rows up to which all layers are one kernel; it runs more, as far as shared memory goes, but has not been timed with
-them."""
+"""Rows up to which all layers are one kernel. In an engine on an H200, with a 7B Llama in bfloat16, a step of one row
+took 3.47 ms (the kernels of its parts 3.80 on another day), of two rows 3.76. The kernel runs more, as far as shared
+memory goes, but has not been timed with them."""
 
 MAX_LAYER_TOKENS = 4096
 """Tokens that a row of the block tables has room for, up to which all layers are one kernel. It reads keys once for

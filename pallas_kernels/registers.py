@@ -329,11 +329,11 @@ class Registers:
             total = total + size
         lines = []
         for i in range(len(copies)):
-            target, source, size = (f"${3 * i + j + 3}" for j in range(3))
+            at, start, number = (f"${3 * i + j + 3}" for j in range(3))
             hint, policy = (".L2::cache_hint", ", $2") if i == 0 else ("", "")
             lines.append(
-                f"setp.ne.and.u32 some, {size}, 0, one; @some cp.async.bulk.shared::cluster.global"
-                f".mbarrier::complete_tx::bytes{hint} [{target}], [{source}], {size}, [$0]{policy};"
+                f"setp.ne.and.u32 some, {number}, 0, one; @some cp.async.bulk.shared::cluster.global"
+                f".mbarrier::complete_tx::bytes{hint} [{at}], [{start}], {number}, [$0]{policy};"
             )
         first = Reg(_constant(0x12F0000000000000, _type("i64")))
         _asm(

@@ -43,6 +43,7 @@ SMALL = {
     "fp8": Case(weight="fp8", wide=304),
     "int4, groups of 128": Case(weight="int4", wide=384),
     "int4, groups of 64": Case(weight="int4", hidden=192, wide=448, groups=1, per_group=3, lengths=(65, 5)),
+    "int4, groups of 64 and of 128": Case(weight="int4", hidden=192, wide=512, lengths=(65, 5)),
     "float16": Case(dtype="float16", dim=128, per_group=2, biased=True),
     "seven query heads a key": Case(per_group=7, groups=1, dim=128, hidden=128, wide=128, lengths=(90,)),
     "heads of 256": Case(dim=256, groups=1, per_group=2, lengths=(130,)),
@@ -174,7 +175,8 @@ def compiled_by_plan(case, layers, **changes):
 CASES = {
     name: functools.partial(compiled, case, 2)
     for name, case in (SMALL | LARGE).items()
-    if name in LARGE or name in ("exact gelu, window", "tanh gelu", "int4, groups of 64", "float16", "heads of 256")
+    if name in LARGE
+    or name in ("exact gelu, window", "tanh gelu", "int4, groups of 64 and of 128", "float16", "heads of 256")
 }
 for _name in ("llama", "llama int4"):
     CASES[f"{_name}, traced"] = functools.partial(compiled_by_plan, LARGE[_name], 2, traced=True)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels.decoder_layers import plan_of
 from pallas_kernels.layer_plan import OUT, QKV, THREADS, UP, places
-from pallas_kernels.layer_staging import PLANE, fetch, place_of, place_of_integers, stage, vectors_of_norm
+from pallas_kernels.layer_staging import (
+    LEAST,
+    PLANE,
+    _fixed,
+    fetch,
+    place_of,
+    place_of_integers,
+    stage,
+    vectors_of_norm,
+)
 from pallas_kernels.layer_stream import Memory
 from pallas_kernels.quantized_threads import run_order
 from pallas_kernels.skinny_gemm import normalise
@@ -67,6 +79,40 @@ def staged(case, which):
     norm = {QKV: layer.norms[0], UP: layer.norms[1], OUT: None}[which]
     wanted = jnp.asarray(x) if norm is None else normalise(jnp.asarray(x), norm)
     return plan, product, found, np.asarray(wanted, np.float32), steps
+
+
+@settings(max_examples=60)
+@given(
+    bits=st.sampled_from([4, 8]),
+    values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20),
+    power=st.integers(-20, 20),
+    odd=st.sampled_from([None, None, np.nan, np.inf]),
+)
+def test_fixed_point_rounds_by_half_a_unit_at_most(bits, values, power, odd):
+    """Of each chunk's own unit, and of a chunk that is not finite nothing finite comes."""
+    plan = SimpleNamespace(bits=bits, runs=4 if bits == 4 else 2, kind="bf16")
+    size, o = 32 * plan.runs, Emulated(1, 1024, 32)
+    x = np.resize(np.asarray(values, np.float32) * np.float32(2.0**power), (32, 8))
+    x[:1] *= 0
+    if odd is not None:
+        x[-1, 3] = odd
+    with np.errstate(invalid="ignore", over="ignore"):
+        high, low, unit = _fixed(o, plan, [x[None, :, i] for i in range(8)])
+    found = [np.stack(words, -1).view(np.int8)[0].astype(np.float64) for words in (high, low)]
+    whole = np.empty((32, 8))
+    whole[:, (0, 2, 4, 6, 1, 3, 5, 7) if bits == 4 else range(8)] = found[0] * 256 + found[1]
+    steps = unit[0].astype(np.float64)[:, None] * (16 if bits == 4 else 1)
+    with np.errstate(invalid="ignore"):
+        chunks = [array.reshape(-1, size) for array in (x.astype(np.float64), whole * steps, steps.repeat(8, -1))]
+    for number, (wanted, got, step) in enumerate(zip(*chunks, strict=True)):
+        assert (step == step[0]).all() or np.isnan(step).all()
+        if odd is not None and number == len(chunks[0]) - 1:
+            assert not np.isfinite(step[0])
+        elif np.abs(wanted).max() > LEAST:
+            assert np.abs(got - wanted).max() <= 0.501 * step[0]
+            assert step[0] <= np.abs(wanted).max() / 32000
+        else:
+            np.testing.assert_array_equal(got, 0)
 
 
 @pytest.mark.parametrize("name", SMALL)
