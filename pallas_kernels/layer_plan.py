@@ -59,6 +59,9 @@ MARKS = tuple(
 PAIRS = 8
 """Pairs of channels of a tile."""
 
+ROOM = SMEM_PER_SM - 1024
+"""Bytes of shared memory for all arrays; Mosaic asks for 1 KiB more than it is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -304,9 +307,8 @@ class LayerPlan:
     def arrays(self) -> dict[str, int]:
         """Bytes of each array in shared memory, multiples of 16.
 
-        In the order in which they lie there: the ring; ``work``; one over the mean size of each token, and before that
-        what the warps have of it; the fixed point's units of x; addresses of the layers' arrays; what is said of the
-        block's tiles; the cursors; barriers.
+        In the order in which they lie there: the ring; ``work``; what the warps have of the sums of a norm; the fixed
+        point's units of x; addresses of the layers' arrays; what is said of the block's tiles; the cursors; barriers.
         """
         chunks = max(product.staged // product.span for product in self.products)
         sizes = {
@@ -332,7 +334,7 @@ class LayerPlan:
             return f"{self.m} sequences with {max(product.channels for product in self.products)} channels"
         if self.splits > 1 and self.m * self.groups * self.splits > self.blocks:
             return f"{self.splits} splits of {self.m * self.groups} heads' keys: those of a head wait for each other"
-        if self.shared > SMEM_PER_SM - 1024:
+        if self.shared > ROOM:
             return f"{self.m} sequences with {max(product.inputs for product in self.products)} inputs"
         return None
 
@@ -342,7 +344,7 @@ def divided(plan: LayerPlan) -> LayerPlan:
     units = plan.m * plan.groups
     splits = max(1, min(MAX_SPLITS, plan.blocks // units, plan.width * BLOCK_SIZE // (WARPS // 2 * plan.tokens)))
     plan = dataclasses.replace(plan, splits=splits, stages=LAG + 1)
-    room = SMEM_PER_SM - 2048 - (plan.shared - (LAG + 1) * plan.stage)
+    room = ROOM - (plan.shared - (LAG + 1) * plan.stage)
     return dataclasses.replace(plan, stages=max(LAG + 1, min(24, room // plan.stage)))
 
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.decoder_layers import plan_of
-from pallas_kernels.layer_plan import LAG, Product, divided
-from pallas_kernels.skinny_gemm import SMEM_PER_SM
+from pallas_kernels.layer_plan import LAG, ROOM, Product, divided
 from tests.pallas_kernels.layer_cases import LARGE, SMALL, operands, static
 
 
@@ -24,7 +23,7 @@ def plan(case):
 def test_a_plan_fits_and_serves_everything_once(name):
     found = plan((SMALL | LARGE)[name])
     assert found.problem() is None
-    assert found.shared <= SMEM_PER_SM - 1024
+    assert found.shared <= ROOM
     assert found.stages > LAG
     for which, product in enumerate(found.products):
         shares = [found.share(which, block) for block in range(found.blocks)]
@@ -66,3 +65,24 @@ def test_splits_have_blocks_of_their_own():
 def test_groups_that_a_chunk_does_not_hold_are_named():
     product = Product(channels=64, inputs=512, apart=8, halves=1, bits=4, group=96)
     assert product.problem("up") == "groups of 96 inputs of up"
+
+
+def test_more_than_there_is_room_for_is_named():
+    long = dataclasses.replace(LARGE["opt"], lengths=(512,) * 4, wide=24576)
+    found = plan(long)
+    assert found.shared > ROOM
+    assert found.problem() == "4 sequences with 24576 inputs"
+    assert plan(dataclasses.replace(long, lengths=(512,) * 2)).problem() is None
+
+
+def test_weights_of_integers_have_no_more_columns():
+    for weight in ("int8", "int4"):
+        case = dataclasses.replace(SMALL["plain"], weight=weight, wide=384, lengths=(9,) * 5)
+        assert plan(case).problem() == f"5 sequences with weights of {weight}"
+        assert plan(dataclasses.replace(case, lengths=(9,) * 4)).problem() is None
+
+
+def test_groups_may_differ_between_products():
+    found = plan(SMALL["int4, groups of 64 and of 128"])
+    assert {product.group for product in found.products} == {64, 128}
+    assert found.factors == 2
