@@ -1,9 +1,9 @@
 """How one thread of the kernel of decoder layers gets x: what other blocks sent, normalised, into shared memory.
 
 Beside weights of 16 bits or fp8, x is of 16 bits itself. Weights that are integers are multiplied by integers, which
-takes a third of the instructions that widening them to bfloat16 does: x is then in fixed point, 16 bits with a unit of
-its own for each chunk of 64 or 128 inputs, and kept as two planes of signed bytes, a high one and a low one. What that
-rounds is at most 2**-16 of the chunk's largest input; bfloat16 itself rounds each input by up to 2**-9.
+takes less than half of the instructions that widening them to bfloat16 does: x is then in fixed point, 16 bits with a
+unit of its own for each chunk of 64 or 128 inputs, and kept as two planes of signed bytes, a high one and a low one.
+What that rounds is at most 2**-16 of the chunk's largest input; bfloat16 itself rounds each input by up to 2**-9.
 
 ``o`` is :class:`pallas_kernels.registers.Registers`, or what the tests have in its place. The idea is described in
 :mod:`pallas_kernels.decoder_layers`.
