@@ -5,7 +5,8 @@
     python benchmarks/table.py --rows all --rehearse            # everything, tiny, on a CPU
 
 Weights are drawn on the device. jaxinfer and torch run in processes of their own, which write after every row, so what
-was measured stays when a row fails or time runs out. ``--profile`` adds the kernels of a decode step.
+was measured stays when a row fails or time runs out. ``--profile`` adds the kernels of a decode step, and of prompts where
+a row has them.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("table.json"))
     parser.add_argument("--no-peer", action="store_true", help="jaxinfer alone")
     parser.add_argument("--no-ours", action="store_true", help="the peer alone")
-    parser.add_argument("--profile", action="store_true", help="trace the kernels of a decode step")
+    parser.add_argument("--profile", action="store_true", help="trace the kernels of steps")
     parser.add_argument("--compiled-peer", action="store_true", help="static cache and compilation in transformers")
     parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--slots", type=int, default=256, help="slots of the row `requests`")

@@ -277,11 +277,7 @@ def prefill(ctx: Context, *, batch: int = 8, tokens: int = 2040, xla: bool = Fal
             "implementations": [str(choice) for choice in engine.implementations],
         }  # fmt: skip
         if ctx.profile:
-            import step_trace
-
-            with _traced(engine) as calls:
-                engine.generate(prompts, params)
-            result["trace"] = step_trace.profile(lambda: _replay([call for _, call in calls]), 1)
+            result["trace"] = _trace_of_prompts(engine, prompts)
         return result
 
 
@@ -367,6 +363,8 @@ def latency(ctx: Context, *, model: str, batch: int, prompt: int = 128, new: int
     """Some tokens after a prompt, from the call of ``generate`` to its return."""
     import recorder
 
+    from jaxinfer.bench import _replay, _traced
+
     # The prompt gives the first token; a chunk is a whole number of steps, used or not.
     chunk = new - 1
     with ctx.engine(model, max_batch=batch, max_model_len=256, decode_chunk=chunk, **options) as engine:
@@ -378,6 +376,12 @@ def latency(ctx: Context, *, model: str, batch: int, prompt: int = 128, new: int
             engine.generate(prompts, params, progress=False)
             samples.append(1e3 * (time.perf_counter() - start))
         ms = statistics.median(samples[2:])
+        with _traced(engine) as calls:
+            engine.generate(prompts, params, progress=False)
+        alone = {
+            f"{kind}_device_ms": 1e3 * min(_replay([call for name, call in calls if name == kind]) for _ in range(5))
+            for kind in ("prefill", "decode")
+        }
         plan, limits = engine.plan, ctx.limits
         flops = batch * (prompt * layer_flops(plan) + head_flops(plan))
         weights = weight_bytes(plan)
@@ -386,11 +390,24 @@ def latency(ctx: Context, *, model: str, batch: int, prompt: int = 128, new: int
         limit = 1e3 * (first + (chunk * weights + read) / limits.bandwidth)
         result = {
             "value": ms, "unit": "ms", "limit": limit, "share": limit / ms, "samples_ms": samples,
-            "decode_chunk": chunk, **made, "implementations": [str(choice) for choice in engine.implementations],
+            "decode_chunk": chunk, **alone, **made,
+            "implementations": [str(choice) for choice in engine.implementations],
         }  # fmt: skip
         if ctx.profile:
             result["trace"] = _trace(engine, batch, prompt)
+            result["trace_of_prompts"] = _trace_of_prompts(engine, prompts)
         return result
+
+
+def _trace_of_prompts(engine: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """The kernels of the prefill steps of some prompts."""
+    import step_trace
+
+    from jaxinfer.bench import _replay, _traced
+
+    with _traced(engine) as calls:
+        engine.generate(prompts, greedy(1), progress=False)
+    return step_trace.profile(lambda: _replay([call for _, call in calls]), 1)
 
 
 ROWS: dict[str, Callable[[Context], dict[str, Any]]] = {
