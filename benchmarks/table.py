@@ -5,8 +5,8 @@
     python benchmarks/table.py --rows all --rehearse            # everything, tiny, on a CPU
 
 Weights are drawn on the device. jaxinfer and torch run in processes of their own, which write after every row, so what
-was measured stays when a row fails or time runs out. ``--profile`` adds the kernels of a decode step, and of prompts where
-a row has them.
+was measured stays when a row fails or time runs out. ``--profile`` adds the kernels of decode steps, and of prompts
+where a row has them.
 """
 
 from __future__ import annotations

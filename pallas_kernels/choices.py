@@ -267,7 +267,9 @@ def linear_problem(dtype: Any, weight_dtype: Any, *, inputs: int, outputs: int) 
     return None
 
 
-def rotary_cache_problem(dtype: Any, kv_dtype: Any, *, head_dim: int, pairs: int, interleaved: bool) -> str | None:
+def rotary_cache_problem(
+    dtype: Any, kv_dtype: Any, *, head_dim: int, pairs: int | None, interleaved: bool
+) -> str | None:
     """Name what the kernel of rotation and cache write cannot run, or None where it can run all."""
     given, kept = jnp.dtype(dtype).name, jnp.dtype(kv_dtype).name
     if given not in HALVES:
@@ -278,7 +280,7 @@ def rotary_cache_problem(dtype: Any, kv_dtype: Any, *, head_dim: int, pairs: int
         return f"head_dim {head_dim}"
     if interleaved:
         return "pairs of neighbours"
-    return None if 2 * pairs == head_dim else f"{2 * pairs} rotated entries of {head_dim}"
+    return None if pairs is None or 2 * pairs == head_dim else f"{2 * pairs} rotated entries of {head_dim}"
 
 
 def rotary_cache_choice(
@@ -309,8 +311,6 @@ def rotary_cache_choice(
         reason = "of one token there is little to write"
     elif not on.hopper:
         reason = f"the kernel is made for Hopper, and this is {on}"
-    elif pairs is None:
-        reason = "nothing is rotated"
     elif normed:
         reason = "the kernel does not normalise heads"
     else:

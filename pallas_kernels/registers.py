@@ -353,9 +353,10 @@ class Registers:
         _asm("fence.mbarrier_init.release.cluster;")
 
     def arrive(self, barrier: Reg) -> None:
-        """Warp: arrive once."""
+        """Warp: arrive once, after what all its threads have read and written in shared memory."""
         _asm(
-            "{ .reg .pred one; elect.sync _|one, 0xffffffff; @one mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+            "{ .reg .pred one; bar.warp.sync 0xffffffff; elect.sync _|one, 0xffffffff; "
+            "@one mbarrier.arrive.shared::cta.b64 _, [$0]; }",
             barrier, convergent=True,
         )  # fmt: skip
 

@@ -393,11 +393,10 @@ def _in_rows(step: PrefillStep, plan: Plan) -> _Prompts:
     targets = np.zeros((size, length), np.int32)
     for shard, rows in enumerate(step.rows):
         for index, row in enumerate(rows, start=shard * per_shard):
-            said, count = row.sequence.prompt + row.sequence.output, row.stop - row.start
-            tokens[index, :count] = said[row.start : row.stop]
+            said, count = _said(row, row.stop + 1), row.stop - row.start
+            tokens[index, :count] = said[:count]
             positions[index, :count] = np.arange(row.start, row.stop)
-            following = said[row.start + 1 : row.stop + 1]
-            targets[index, : len(following)] = following
+            targets[index, : len(said) - 1] = said[1:]
             seen = row.sequence.blocks[:blocks]
             tables[index, : len(seen)] = seen
             last[index] = count - 1
@@ -420,8 +419,8 @@ def _packed(step: PrefillStep, plan: Plan, packing: Packing | None) -> _Prompts:
     for shard, rows in enumerate(step.rows):
         used, piece = 0, shard * per_shard
         for index, row in enumerate(rows, start=shard * per_shard):
-            said, count = row.sequence.prompt + row.sequence.output, row.stop - row.start
-            tokens[shard, used : used + count] = said[row.start : row.stop]
+            count = row.stop - row.start
+            tokens[shard, used : used + count] = _said(row, row.stop)
             positions[shard, used : used + count] = np.arange(row.start, row.stop)
             seen = row.sequence.blocks[:blocks]
             for first in range(0, count, length):
@@ -432,6 +431,13 @@ def _packed(step: PrefillStep, plan: Plan, packing: Packing | None) -> _Prompts:
             used += count
             last[index] = used - 1
     return _Prompts(tokens, positions, tables, last, pieces=pieces)
+
+
+def _said(row: Any, stop: int) -> np.ndarray:
+    """A sequence's tokens from the row's first one to before ``stop``, or to the last that there is."""
+    sequence = row.sequence
+    said = sequence.prompt + sequence.output if stop > len(sequence.prompt) else sequence.prompt
+    return np.array(said[row.start : stop], np.int32)
 
 
 def _longest(step: PrefillStep) -> int:

@@ -229,8 +229,8 @@ class Attention(nnx.Module):
                 rotary=angles, weight_scale=array(self.qkv_scale), implementation="mosaic",
             )  # fmt: skip
         qkv = self._product(x, batch, norm)
-        if pieces is None and rotary is not None and self._one_pass(qkv, cache):
-            turn = functools.partial(positions.angles, rotary, long=batch.long)
+        if pieces is None and self._one_pass(qkv, cache):
+            turn = None if rotary is None else functools.partial(positions.angles, rotary, long=batch.long)
             return ops.rotary_cache(qkv, turn, cache, tables, batch.positions, implementation="mosaic")
         query, key, value = self._heads(qkv, batch)
         if pieces is None:

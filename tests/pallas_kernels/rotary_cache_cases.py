@@ -18,6 +18,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, Any]] = {
     "grouped": (4, 512, 8, 4, 128, 64, jnp.bfloat16),
     "multi-query, heads of 64": (2, 300, 1, 71, 64, 16, jnp.float16),
     "heads of 256": (2, 130, 8, 2, 256, 16, jnp.bfloat16),
+    "opt-6.7b, not rotated": (16, 128, 32, 1, 128, 3, jnp.bfloat16),
+    "gpt2-xl, not rotated": (1, 128, 25, 1, 64, 3, jnp.bfloat16),
 }
 
 
@@ -39,7 +41,8 @@ def _case(name: str) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
     ]
 
     def run(qkv: jax.Array, keys: jax.Array, values: jax.Array, tables: jax.Array, positions: jax.Array) -> Any:
-        return rotary_cache(qkv, partial(angles, dim), (keys, values), tables, positions, implementation="mosaic")
+        turn = None if "not rotated" in name else partial(angles, dim)
+        return rotary_cache(qkv, turn, (keys, values), tables, positions, implementation="mosaic")
 
     return run, given
 
