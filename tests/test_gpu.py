@@ -22,7 +22,7 @@ import torch
 import jaxinfer
 from pallas_kernels import MAX_LAYER_ROWS, Device, qkv_gemm
 from pallas_kernels.choices import MAX_LINEAR_ROWS
-from pallas_kernels.qkv_gemm import tuning_for_heads
+from pallas_kernels.skinny_gemm import Tuning
 from tests.bare import steady
 from tests.cases import CASES, Case, case
 from tests.oracle import checkpoint, prompts, rms, shared_root, torch_logits, torch_model
@@ -176,7 +176,7 @@ def test_whole_layers_say_what_float32_does_and_twice_the_same(chosen, quantize,
 def test_blocks_of_a_cluster_read_sums_that_are_complete(rows):
     """Launch after launch with other inputs: each result must be, in bits, that of a launch with nothing around it."""
     heads, dim, k = 32, 128, 4096
-    assert tuning_for_heads(16, heads * 3, dim, k, parts=2).splits > 1, "no cluster is tried"
+    tuning = Tuning(tile_k=128, stages=2, splits=4)
     weight = jax.random.normal(jax.random.key(0), (heads, 3, dim, k), jnp.bfloat16) * k**-0.5
     cache = (jnp.zeros((rows, heads, 64, dim), jnp.bfloat16),) * 2
     tables, positions = jnp.arange(rows, dtype=jnp.int32)[:, None], jnp.zeros((rows, 1), jnp.int32)
@@ -184,7 +184,8 @@ def test_blocks_of_a_cluster_read_sums_that_are_complete(rows):
 
     @jax.jit
     def run(x: jax.Array, weight: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(qkv_gemm(x, weight, cache, tables, positions, rotary=rotary))
+        found = qkv_gemm(x, weight, cache, tables, positions, rotary=rotary, tuning=tuning, implementation="mosaic")
+        return jax.tree.leaves(found)
 
     inputs = [jax.random.normal(jax.random.key(seed), (rows, 1, k), jnp.bfloat16) for seed in range(8)]
     alone = [[np.asarray(part) for part in jax.block_until_ready(run(x, weight))] for x in inputs]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,7 @@ from jaxinfer.models.attention import Batch
 from jaxinfer.models.norm import Norm
 from jaxinfer.models.parameter import matmul, parameter
 from jaxinfer.models.spec import Layout, ModelSpec
-from pallas_kernels import einsum_f32
+from pallas_kernels import device, einsum_f32
 from sharding import all_gather, axis_index, psum
 
 
@@ -81,8 +83,20 @@ class Head(nnx.Module):
             if self.projected:
                 x = matmul(x, self.project[...])
             table = embedding.tokens[...] if self.tied else self.tokens[...]
-            logits = einsum_f32("...h,vh->...v", x, table)
+            logits = _product(x, table)
             if self.biased:
                 logits = logits + self.bias[...].astype(jnp.float32)
             logits = all_gather(logits, "tensor", logits.ndim - 1)[..., : self.vocab_size]
             return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
+
+
+def _product(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Multiply [..., H] with [V, H] in float32.
+
+    One row is given another one on a GPU: alone, XLA may make it a vector of float32, and a copy of the table as well
+    (0.49 ms for 0.1 instead of 50,272 x 4096 on an H200, and twice the table's memory).
+    """
+    single = math.prod(x.shape[:-1]) == 1 and device().platform == "gpu"
+    rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))) if single else x
+    logits = einsum_f32("...h,vh->...v", rows, table)
+    return logits[0].reshape(*x.shape[:-1], -1) if single else logits
