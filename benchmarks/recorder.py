@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer.executor import Drawn, PromptReport, _shapes
+from jaxinfer.executor import Drawn, PromptReport
+from jaxinfer.step_inputs import InputLayout
 
 THREADS = 8
 
@@ -67,7 +68,7 @@ class Recorder:
         """Note a prefill step."""
         rows, tokens = inputs.tokens.shape
         real = int((inputs.positions >= 0).sum())
-        key = ("prefill", _shapes(inputs), features, wish)
+        key = ("prefill", InputLayout.of(inputs, self.plan.shards), features, wish)
         width = inputs.tables.shape[1]
         self.steps.append(
             Step(
@@ -89,7 +90,7 @@ class Recorder:
         chunk = self.plan.decode_chunk
         steps, positions = inputs.steps.astype(np.int64), inputs.positions.astype(np.int64)
         context = int((steps * (positions + 1) + steps * (steps - 1) // 2).sum())
-        key = ("decode", _shapes(inputs), features)
+        key = ("decode", InputLayout.of(inputs, self.plan.shards), features)
         width = inputs.tables.shape[1]
         self.steps.append(
             Step(

@@ -193,10 +193,10 @@ def _noise(engine: Any, batch: int, context: int) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxinfer.executor import DecodeInputs
     from jaxinfer.generation.kv_cache import blocks_for
     from jaxinfer.generation.params import GenerationDefaults
     from jaxinfer.generation.sampling import features_of, pack
+    from jaxinfer.step_inputs import DecodeInputs
 
     executor = engine.executor
 

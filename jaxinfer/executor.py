@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxinfer.generation.sampling import (
     PenaltyState,
     SamplerFeatures,
-    SamplingRows,
     empty_penalties,
     fill_penalties,
     rank_logprobs,
@@ -31,6 +30,7 @@ from jaxinfer.generation.sampling import (
 from jaxinfer.models.attention import Batch, LayerCache, Pieces
 from jaxinfer.models.decoder import Decoder, abstract, parameters
 from jaxinfer.plan import Plan
+from jaxinfer.step_inputs import DecodeInputs, InputLayout, PrefillInputs
 from pallas_kernels import Device, compiling_for
 
 Array = Any  # numpy on its way in, a tracer inside a step: jax.Array alone would be wrong at either end
@@ -40,63 +40,6 @@ ERROR_TOKEN = -1
 
 MANY_TOKENS = 128
 """Tokens of a prefill step from which :func:`compiler_options` knows better than XLA's defaults."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PrefillInputs:
-    """What a prefill step is given, rows of all data shards one after the other.
-
-    Attributes:
-        tokens, positions: int32 [P, C]; a negative position marks padding.
-        tables: int32 [P, W] block tables.
-        last: int32 [P], the column whose logits are sampled from.
-        slots: int32 [P], where the sampled token goes; the number of slots where there is none to go.
-        step: int32 [P], output tokens before this one.
-        rows: sampling parameters of the rows.
-        long: bool [P], or None; see :class:`jaxinfer.models.attention.Batch`.
-        targets: int32 [P, C], the token after each one, for the log-probabilities of the prompt; None without them.
-        history: int32 [P, 2, H] prompt and output tokens so far, padded, where penalties need them; else None.
-        pieces: None where each row is a chunk of one sequence. In a packed step, whose ``tokens`` and ``positions`` are
-            [shards, T], int32 [P, L]: the token that stands at each place of the rows of attention, T where none does.
-            ``tables`` then are those rows', and ``last``, a place among the T tokens, and all else the sequences'.
-    """
-
-    tokens: Array
-    positions: Array
-    tables: Array
-    last: Array
-    slots: Array
-    step: Array
-    rows: SamplingRows
-    long: Array | None = None
-    targets: Array | None = None
-    history: Array | None = None
-    pieces: Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeInputs:
-    """What a decode step is given, sequences of all data shards one after the other.
-
-    Attributes:
-        slots: int32 [B], where each has its last token; the number of slots for a row that no sequence has.
-        positions: int32 [B], place of the token that is fed first.
-        steps: int32 [B], tokens to advance by; 0 where there is no sequence.
-        step: int32 [B], output tokens before the first.
-        tables: int32 [B, W] block tables.
-        rows: sampling parameters.
-        long: bool [B], or None.
-    """
-
-    slots: Array
-    positions: Array
-    steps: Array
-    step: Array
-    tables: Array
-    rows: SamplingRows
-    long: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -194,10 +137,10 @@ class Executor:
         if self.trace is not None:
             self.trace.append(("prefill", functools.partial(self.prefill, inputs, features, wish)))
         penalties = self._penalty_state() if features.penalties else None
-        key = ("prefill", _shapes(inputs), features, wish)
+        layout = self._layout(inputs)
         rows, tokens = inputs.tokens.shape
         step = self._step(
-            key,
+            ("prefill", layout, features, wish),
             f"{'' if inputs.pieces is None else 'packed '}prefill of {rows} x {tokens} tokens, "
             f"context {inputs.tables.shape[1] * 64}",
             functools.partial(self._prefill_body, features=features, wish=wish),
@@ -205,7 +148,7 @@ class Executor:
             (self._rows, self._rows),
         )
         self.caches, self.last, self._penalties_after, drawn, report = step(
-            self._leaves, self.caches, self.last, penalties, inputs
+            self._leaves, self.caches, self.last, penalties, layout.pack(inputs)
         )
         if features.penalties:
             self._penalties = self._penalties_after
@@ -216,14 +159,17 @@ class Executor:
         if self.trace is not None:
             self.trace.append(("decode", functools.partial(self.decode, inputs, features)))
         penalties = self._penalty_state() if features.penalties else None
+        layout = self._layout(inputs)
         step = self._step(
-            ("decode", _shapes(inputs), features),
+            ("decode", layout, features),
             f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}",
             functools.partial(self._decode_body, features=features),
             (inputs, penalties),
             (self._steps_rows, None),
         )
-        self.caches, self.last, penalties, drawn, _ = step(self._leaves, self.caches, self.last, penalties, inputs)
+        self.caches, self.last, penalties, drawn, _ = step(
+            self._leaves, self.caches, self.last, penalties, layout.pack(inputs)
+        )
         if features.penalties:
             self._penalties = penalties
         return _fetching(drawn)
@@ -375,16 +321,25 @@ class Executor:
         arguments: tuple[Any, PenaltyState | None],
         result_specs: tuple[Any, Any],
     ) -> Any:
-        """The compiled step for a key, compiled now if this is its first use."""
+        """The compiled step for a key, compiled now if this is its first use; it takes the inputs packed."""
         if key in self._compiled:
             return self._compiled[key]
         inputs, penalties = arguments
+        layout = self._layout(inputs)
+
+        def unpacked(leaves: Any, caches: Any, last: Any, penalties: Any, words: jax.Array) -> Any:
+            return body(leaves, caches, last, penalties, layout.unpack(words))
+
+        unpacked.__name__ = getattr(body, "func", body).__name__  # what profiles and dumps call the step
         cache_specs = [self._cache_specs] * self.plan.spec.num_layers
         kept = (cache_specs, self._rows, self._rows)
-        given = (self._leaves, self.caches, self.last, penalties, inputs)
+        given = (self._leaves, self.caches, self.last, penalties, layout.pack(inputs))
         in_specs = (self._leaf_specs, *kept, self._rows)
         options = self._options(inputs.tokens.size // self.plan.shards if isinstance(inputs, PrefillInputs) else 0)
-        return self._compile(key, description, body, given, in_specs, (*kept, *result_specs), (1, 2, 3), options)
+        return self._compile(key, description, unpacked, given, in_specs, (*kept, *result_specs), (1, 2, 3), options)
+
+    def _layout(self, inputs: Any) -> InputLayout:
+        return InputLayout.of(inputs, self.plan.shards)
 
     def _options(self, tokens: int) -> dict[str, str]:
         """Options of XLA for a step that computes so many tokens of a shard's prompts."""

@@ -40,6 +40,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         {"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {}, 512,
     ),
     "falcon, prefill": ({"residual": "parallel", "kv_heads": 1, "activation": "gelu", "alibi": True}, {}, 512),
+    "gpt2, prefill": (
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh", "kv_heads": 8,
+         "rotary": False}, {}, 512,
+    ),
     "float32, prefill": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
     "int8 cache, prefill": ({"norm": "rms", "gated_mlp": True}, {"kv_dtype": "int8"}, 512),
     "gpt2": (
@@ -110,11 +114,12 @@ def build(name: str) -> Any:
     from jax.sharding import AxisType, Mesh
 
     from jaxinfer import hardware
-    from jaxinfer.executor import DecodeInputs, Executor, PrefillInputs, PromptWish
+    from jaxinfer.executor import Executor, PromptWish
     from jaxinfer.generation.sampling import SamplerFeatures, pack
     from jaxinfer.models.positions import alibi_slopes, rotary
     from jaxinfer.models.spec import Alibi, LayerSpec, ModelSpec, Norm
     from jaxinfer.plan import make_plan
+    from jaxinfer.step_inputs import DecodeInputs, PrefillInputs
     from sharding import AXES
 
     changes, options, context = CASES[name]

@@ -20,10 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.executor import (
     Array,
-    DecodeInputs,
     Drawn,
     Executor,
-    PrefillInputs,
     PromptReport,
     PromptWish,
     _fetching,
@@ -41,6 +39,7 @@ from jaxinfer.paging.host_cache import Chunks, HostCache, SlotGroup, newest, win
 from jaxinfer.paging.pager import Pager
 from jaxinfer.paging.tiers import ROOMY_SLOTS
 from jaxinfer.plan import Plan
+from jaxinfer.step_inputs import DecodeInputs, PrefillInputs
 from pallas_kernels import Device
 from sharding import all_gather, own_part
 

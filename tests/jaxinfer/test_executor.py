@@ -11,8 +11,8 @@ import pytest
 
 from jaxinfer import SamplingParams
 from jaxinfer.engine import InferenceEngine
-from jaxinfer.executor import DecodeInputs
 from jaxinfer.generation.sampling import features_of, pack
+from jaxinfer.step_inputs import DecodeInputs
 from sharding import ShardingRules
 from tests.cases import case
 from tests.engines import LLAMA, tiny

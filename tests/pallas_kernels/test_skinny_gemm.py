@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.skinny_gemm import (
     SMEM_PER_SM,
+    SMS,
     InputNorm,
     Tuning,
     activate,
@@ -101,7 +102,8 @@ def test_tunings_fit_an_sm(n, k, gated):
     norm = InputNorm(kind="layer", eps=1e-5, bias=jnp.zeros(k))
     for rows, size in itertools.product((1, 8, 17, 64), (0.5, 1, 2)):
         tuning = tuning_for(rows, n, k, gated=gated, norm=norm, weight_bytes=size)
-        blocks = 1 if rows > 32 else 2
+        alone = size == 2 and -(-n // tuning.rows) * tuning.splits <= SMS
+        blocks = 1 if rows > 32 or alone else 2
         assert blocks * (shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=size) + 1024) <= SMEM_PER_SM
         assert tuning.stages >= 2
         assert tuning.splits <= -(-k // tuning.tile_k)
