@@ -280,6 +280,8 @@ def _check_tuning(
         raise ValueError(f"qkv_gemm: rows must divide the {dim // parts} channels of each part of a head: {tuning}")
     if tuning.tile_k % group:
         raise ValueError(f"qkv_gemm: tile_k must be a multiple of the group, {group}: {tuning}")
+    if tuning.consumers != 1 or tuning.sharing != 1:
+        raise ValueError(f"qkv_gemm: one warpgroup multiplies, and blocks share nothing of x: {tuning}")
     if not 1 <= tuning.splits <= min(8, -(-k // tuning.tile_k)) or tuning.reduce != "cluster":
         raise ValueError(
             f"qkv_gemm: splits must be 1 to 8, at most one for each tile of K={k}, and meet in a cluster: {tuning}"
