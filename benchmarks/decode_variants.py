@@ -4,13 +4,15 @@
 
 Each case is a model, a batch and, where it is quantized, how: ``llama-7b:1:int8``. Steps are handed out back to back
 over a cache full of noise at a mean context of ``--context`` tokens; weights are drawn on the device. For every case
-one engine compiles its step for each variant, so that figures of a case differ in nothing else.
+one engine compiles its step for each variant, so that figures of a case differ in nothing else. ``--prompt N`` times
+the prefill of prompts of N tokens instead, each waited for, and how long handing it out takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import statistics
@@ -31,6 +33,7 @@ import table_ours  # noqa: E402
 from machine import describe  # noqa: E402
 
 import jaxinfer.executor as executor_module  # noqa: E402
+from jaxinfer.bench import _traced  # noqa: E402
 
 # The package's own attributes of these names are functions.
 choices = importlib.import_module("pallas_kernels.choices")
@@ -46,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "xla products, no command buffers": {"rows": 0, "buffers": False},
     "norms outside": {"norms": ()},
     "norms outside, no command buffers": {"norms": (), "buffers": False},
+    "update all but temporaries": {"update": "SKIP_TEMP"},
+    "update what has moved before": {"update": "SKIP_PROFILED"},
 }
 
 
@@ -55,9 +60,10 @@ def variant(change: dict[str, Any]) -> Iterator[None]:
     kept = choices.MAX_LINEAR_ROWS, linear_module.FUSED_NORMS, executor_module.compiler_options
     choices.MAX_LINEAR_ROWS = change.get("rows", kept[0])
     linear_module.FUSED_NORMS = change.get("norms", kept[1])
-    if "buffers" in change:
-        options = {} if change["buffers"] else {"xla_gpu_enable_command_buffer": ""}
-        executor_module.compiler_options = lambda *_: options
+    options = {} if change.get("buffers", True) else {"xla_gpu_enable_command_buffer": ""}
+    if "update" in change:
+        options["xla_gpu_command_buffer_update_mode"] = change["update"]
+    executor_module.compiler_options = lambda *given: kept[2](*given) | options
     try:
         yield
     finally:
@@ -87,12 +93,36 @@ def measure(engine: Any, inputs: Any, features: Any, change: dict[str, Any]) -> 
     return {"ms": statistics.median(samples), "samples_ms": samples, "compile_s": compiled}
 
 
+def measure_prompts(engine: Any, prompts: list[list[int]], change: dict[str, Any]) -> dict[str, Any]:
+    """Compile the prefill step and time it alone, as whoever waits for a first token sees it."""
+    executor, params = engine.executor, table_ours.greedy(1)
+    executor._compiled.clear()
+    with variant(change):
+        made = recorder.ready(engine, prompts, params)
+    for _ in range(3):  # imports, first calls, and what XLA makes of a step only when it has run
+        engine.generate(prompts, params, progress=False)
+    with _traced(engine) as calls:
+        engine.generate(prompts, params, progress=False)
+    handed, waited = [], []
+    for _ in range(20):
+        start = time.perf_counter()
+        results = [call() for _, call in calls]
+        handed.append(1e3 * (time.perf_counter() - start))
+        jax.block_until_ready(results)
+        waited.append(1e3 * (time.perf_counter() - start))
+    return {
+        "ms": statistics.median(waited), "least_ms": min(waited), "handed_out_ms": statistics.median(handed),
+        "compile_s": made["compile_s"],
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure every case under every variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="llama-7b:1,llama-7b:16")
     parser.add_argument("--variants", default="all", help="names divided by ';'")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of prompts to prefill, instead of decode steps")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--rehearse", action="store_true", help="tiny models, for a run on a CPU")
     parser.add_argument("--out", type=Path, default=Path("decode_variants.json"))
@@ -106,16 +136,21 @@ def main() -> None:
             model, batch, *quantize = case.split(":")
             context = 64 if args.rehearse else args.context
             options = {"quantize": quantize[0]} if quantize else {}
-            with ctx.engine(model, max_batch=int(batch), max_model_len=context + 64, **options) as engine:
-                chunk = engine.plan.decode_chunk
-                inputs, features = table_ours._noise(engine, int(batch), context + chunk // 2)
+            longest = max(context, args.prompt) + 64
+            with ctx.engine(model, max_batch=int(batch), max_model_len=longest, **options) as engine:
+                if args.prompt:
+                    prompts = ctx.prompts(engine, [args.prompt] * int(batch))
+                    step = functools.partial(measure_prompts, engine, prompts)
+                else:
+                    noise = table_ours._noise(engine, int(batch), context + engine.plan.decode_chunk // 2)
+                    step = functools.partial(measure, engine, *noise)
                 results = found["cases"][case] = {}
                 for name in names:
                     if time.time() > ends:
                         break
                     try:
-                        results[name] = measure(engine, inputs, features, VARIANTS[name])
-                        shown = f"{results[name]['ms']:.3f} ms a step"
+                        results[name] = step(VARIANTS[name])
+                        shown = f"{results[name]['ms']:.3f} ms"
                     except Exception as error:  # one variant must not take the others with it
                         results[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
                         shown = results[name]["error"][:300]

@@ -14,7 +14,13 @@ def shown(progress: bool | None) -> bool:
     """Whether to show progress: as told, else where somebody watches (a terminal or a notebook)."""
     if progress is not None:
         return progress
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or _in_a_kernel()
+
+
+def _in_a_kernel() -> bool:
+    """Whether this process is a notebook's. That ipykernel is imported does not say so: who looks for kernels does."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def bar(show: bool, **options: Any) -> tqdm:

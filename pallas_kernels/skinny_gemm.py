@@ -465,9 +465,14 @@ def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNor
     tiles = -(-k // tuning.tile_k)
     if not 1 <= tuning.splits <= min(8, tiles):
         raise ValueError(f"skinny_gemm: splits must be 1 to 8, and at most one for each tile of K={k}: {tuning}")
-    if tuning.consumers not in (1, CONSUMERS) or (tuning.consumers == 1 and tuning.sharing != 1):
-        raise ValueError(f"skinny_gemm: consumers must be 1, or {CONSUMERS} where sharing is not 1: {tuning}")
-    if tuning.consumers > 1 and (tuning.rows != 64 or not 1 <= tuning.sharing <= 8 // tuning.splits):
-        raise ValueError(f"skinny_gemm: with consumers rows must be 64, sharing at most 8 / splits: {tuning}")
+    check_consumers("skinny_gemm", tuning)
     if shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
         raise ValueError(f"skinny_gemm: more shared memory than an SM has, for {rows} rows: {tuning}")
+
+
+def check_consumers(op: str, tuning: Tuning) -> None:
+    """Whether a tuning's warpgroups make sense."""
+    if tuning.consumers not in (1, CONSUMERS) or (tuning.consumers == 1 and tuning.sharing != 1):
+        raise ValueError(f"{op}: consumers must be 1, or {CONSUMERS} where sharing is not 1: {tuning}")
+    if tuning.consumers > 1 and (tuning.rows != 64 or not 1 <= tuning.sharing <= 8 // tuning.splits):
+        raise ValueError(f"{op}: with consumers rows must be 64, sharing at most 8 / splits: {tuning}")

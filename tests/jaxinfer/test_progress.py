@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import sys
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,15 +10,21 @@ from jaxinfer import progress
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-@pytest.mark.parametrize("notebook", [False, True])
-def test_bars_show_where_somebody_watches_unless_told(monkeypatch, terminal, notebook):
+@pytest.mark.parametrize("shell", ["none", "terminal", "notebook"])
+def test_bars_show_where_somebody_watches_unless_told(monkeypatch, terminal, shell):
+    found = {"none": None, "terminal": object(), "notebook": SimpleNamespace(kernel=object())}[shell]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    if notebook:
-        monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
-    assert progress.shown(None) == (terminal or notebook)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: found))
+    assert progress.shown(None) == (terminal or shell == "notebook")
     assert progress.shown(True) is True
     assert progress.shown(False) is False
+
+
+def test_whoever_has_looked_for_kernels_is_no_notebook(monkeypatch):
+    """As every process has that imported jupyter_client and asked it for a kernel."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    importlib.import_module("ipykernel.kernelbase")
+    assert progress.shown(None) is False
 
 
 def test_a_bar_that_is_not_shown_is_silent(capsys):

@@ -113,14 +113,22 @@ def test_what_it_cannot_run_is_refused(change: dict, rows: int, dtype: jnp.dtype
         )
 
 
-def test_query_key_and_value_have_one_consumer():
-    blocks = jax.ShapeDtypeStruct((3, 2, 64, 128), jnp.bfloat16)
-    ints = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tuning = Tuning(tile_k=64, stages=2, consumers=2)
-    with pytest.raises(ValueError, match="one warpgroup multiplies"):
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({"splits": 2}, jnp.bfloat16, "with consumers K is not split"),
+        ({"sharing": 16}, jnp.bfloat16, "sharing at most 8 / splits"),
+        ({}, jnp.int8, "a weight of int8 has one consumer"),
+    ],
+)
+def test_query_key_and_value_refuse_it_too(change: dict, dtype: jnp.dtype, message: str):
+    tuning = Tuning(**{"tile_k": 64, "stages": 2, "consumers": 2} | change)
+    blocks, ints = jax.ShapeDtypeStruct((3, 2, 64, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    scale = jnp.ones((2, 3, 128), jnp.float32) if dtype == jnp.int8 else None
+    run = functools.partial(qkv_gemm, weight_scale=scale, implementation="mosaic", tuning=tuning)
+    with pytest.raises(ValueError, match=re.escape(message)):
         jax.eval_shape(
-            lambda x, w, k, v, t, p: qkv_gemm(x, w, (k, v), t, p, implementation="mosaic", tuning=tuning),
-            jax.ShapeDtypeStruct((1, 1, 256), jnp.bfloat16),
-            jax.ShapeDtypeStruct((2, 3, 128, 256), jnp.bfloat16),
+            lambda x, w, k, v, t, p: run(x, w, (k, v), t, p),
+            jax.ShapeDtypeStruct((1, 1, 256), jnp.bfloat16), jax.ShapeDtypeStruct((2, 3, 128, 256), dtype),
             blocks, blocks, ints, ints,
         )  # fmt: skip

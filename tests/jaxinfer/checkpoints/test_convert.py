@@ -163,7 +163,6 @@ def test_what_another_conversion_left_is_not_used(folder, good, tmp_path, monkey
 
 def test_progress_is_shown_where_it_is_wanted(folder, good, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     with Store(good) as store:
         total = store.nbytes
     for progress, shown in ((True, True), (False, False), (None, False)):
