@@ -338,14 +338,14 @@ def tuning_for(
 def streamed_tuning(rows: int, n: int, k: int, *, gated: bool) -> Tuning:
     """Choose how a kernel of two consumers divides a product: nothing of this has been measured.
 
-    As many splits as there are SMs for, all of an SM's memory for the ring, and x shared by two blocks where what a
-    block reads of it is more than half of what it reads of the weight.
+    As many splits as there are SMs for, all of an SM's memory for the ring, and x shared by two blocks where a block
+    reads half as much of it as of the weight, or more.
     """
     parts = 1 + gated
     tile_k = 64 if gated or rows > 64 else 128
     blocks = -(-n // (64 * CONSUMERS))
     splits = max(1, min(4, k // (4 * tile_k), SMS // blocks))
-    sharing = 2 if rows > 64 / parts and blocks % 2 == 0 else 1
+    sharing = 2 if 2 * rows >= 64 * CONSUMERS * parts and blocks % 2 == 0 else 1
     tuning = Tuning(
         rows=64, tile_k=tile_k, stages=8, splits=splits, consumers=CONSUMERS, sharing=sharing, overlap=False
     )
