@@ -1,7 +1,8 @@
 """What a step is given by the host, and how it travels: as one array, since each array of its own costs the host time.
 
 A chunk of decode steps of OPT-6.7B was handed out in 3.6 ms with its four arrays as numpy arrays, in 2.5 ms with them
-on the device already (the host of one H200, one run); a prompt waits that long for its first kernel.
+on the device already (the host of one H200, one run), and a prompt waits that long for its first kernel. How much of it
+one array saves has not been measured by itself: at batch 1 the whole generation took no less (``benchmarks/NOTES.md``).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ MAX_REDUCE_HEADS = 2
 
 MAX_LINEAR_ROWS = 16
 """Rows up to which a product is the kernel's, which runs up to 64. With 16 here, a decode step of a 7B Llama of 16
-sequences took 4.99 ms on an H200 (``benchmarks/results/table_h200_rows16.json``), with XLA's products 5.31 on another
+sequences took 4.76 ms on an H200 (``benchmarks/results/table_h200_host.json``), with XLA's products 5.31 on another
 day; one of 64 sequences 8.84 ms with XLA's and 11.09 with the kernel's (``table_h200_batch64_kernel_to_*.json``)."""
 
 MIN_GATED_ROWS = 4096
