@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import importlib
 import json
@@ -39,7 +38,6 @@ from jaxinfer.bench import _traced  # noqa: E402
 # The package's own attributes of these names are functions.
 choices = importlib.import_module("pallas_kernels.choices")
 linear_module = importlib.import_module("pallas_kernels.linear")
-skinny, qkv = (importlib.import_module(f"pallas_kernels.{name}") for name in ("skinny_gemm", "qkv_gemm"))
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -51,33 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "xla products, no command buffers": {"rows": 0, "buffers": False},
     "norms outside": {"norms": ()},
     "norms outside, no command buffers": {"norms": (), "buffers": False},
-    "streamed": {"rows": 64, "streamed": True},
     "update all but temporaries": {"update": "SKIP_TEMP"},
     "update what has moved before": {"update": "SKIP_PROFILED"},
 }
-
-
-def streamed(rows: int, n: int, k: int, *, gated: bool, norm: Any = None, weight_bytes: float = 2) -> Any:
-    """A tuning of two consumers from 17 rows on."""
-    if rows > 16 and weight_bytes == 2:
-        return skinny.streamed_tuning(rows, n, k, gated=gated)
-    return CHOSEN[0](rows, n, k, gated=gated, norm=norm, weight_bytes=weight_bytes)
-
-
-def streamed_heads(
-    rows: int, heads: int, dim: int, k: int, *, parts: int, norm: Any = None, weight_bytes: float = 2
-) -> Any:
-    """The same of heads, whose K is not split."""
-    if rows <= 16 or weight_bytes != 2:
-        return CHOSEN[1](rows, heads, dim, k, parts=parts, norm=norm, weight_bytes=weight_bytes)
-    tuning = dataclasses.replace(skinny.streamed_tuning(rows, heads * dim // parts, k, gated=parts == 2), splits=1)
-    tuning = dataclasses.replace(tuning, stages=8)
-    while qkv._shared_bytes(tuning, rows, parts, None, 2) > skinny.SMEM_PER_SM - 1024:
-        tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
-    return tuning
-
-
-CHOSEN = skinny.tuning_for, qkv.tuning_for_heads
 
 
 @contextlib.contextmanager
@@ -85,8 +59,6 @@ def variant(change: dict[str, Any]) -> Iterator[None]:
     """Choose otherwise while a step is compiled."""
     kept = choices.MAX_LINEAR_ROWS, linear_module.FUSED_NORMS, executor_module.compiler_options
     choices.MAX_LINEAR_ROWS = change.get("rows", kept[0])
-    if change.get("streamed"):
-        skinny.tuning_for, qkv.tuning_for_heads = streamed, streamed_heads
     linear_module.FUSED_NORMS = change.get("norms", kept[1])
     options = {} if change.get("buffers", True) else {"xla_gpu_enable_command_buffer": ""}
     if "update" in change:
@@ -95,7 +67,6 @@ def variant(change: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        skinny.tuning_for, qkv.tuning_for_heads = CHOSEN
         choices.MAX_LINEAR_ROWS, linear_module.FUSED_NORMS, executor_module.compiler_options = kept
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer.executor import Drawn, PromptReport
-from jaxinfer.step_inputs import InputLayout
+from jaxinfer.steps import Drawn, InputLayout, PromptReport
 
 THREADS = 8
 
@@ -113,7 +112,7 @@ class Recorder:
 
 
 class _CompiledError(Exception):
-    """Raised in place of running a step that has been compiled."""
+    """Raised in place of running a step; all of its programs have been compiled by then."""
 
 
 def rehearse(engine: Any, prompts: Sequence[list[int]], params: Any) -> tuple[Recorder, float]:
@@ -153,9 +152,12 @@ def compile_all(engine: Any, steps: Sequence[Step], threads: int = THREADS) -> f
         finally:
             tracing.acquire()
 
-    def only(*arguments: Any) -> None:
-        step_of(*arguments)
+    def ran(*_: Any) -> None:
         raise _CompiledError
+
+    def only(*arguments: Any) -> Callable[..., None]:
+        step_of(*arguments)
+        return ran
 
     def one(step: Step) -> None:
         with tracing, contextlib.suppress(_CompiledError):
@@ -165,7 +167,7 @@ def compile_all(engine: Any, steps: Sequence[Step], threads: int = THREADS) -> f
     executor._step, jax.stages.Lowered.compile = only, compile_unlocked
     try:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, steps))
+            list(pool.map(one, [step for step in steps if step.key not in executor._compiled]))
     finally:
         del executor._step
         jax.stages.Lowered.compile = finish

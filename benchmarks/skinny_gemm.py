@@ -7,7 +7,6 @@ the copy bandwidth; for one row, some ways to divide each product (:class:`palla
 weights of bfloat16, int8, int4 and float8_e4m3fn; an MLP of eight layers, each product waiting for the one before, as
 decode has them; then 16 and 64 rows. Every product is compared with float32, and every step writes the JSON.
 ``--numerics`` compares the other forms that the kernel has instead: norms, biases, activations, odd sizes.
-``--streamed`` instead times 64 and 128 rows in the kernel in which a warpgroup does nothing but fetch.
 
 A figure is the time of one product in a jit of many, each with a weight of its own, 1 GB and more together, so that
 nothing comes from the L2 cache: host dispatch is hidden, launches and tails are not.
@@ -44,7 +43,6 @@ from pallas_kernels.skinny_gemm import (
     reference,
     shared_bytes,
     skinny_gemm,
-    streamed_tuning,
     tuning_for,
     weight_bits,
 )
@@ -122,8 +120,6 @@ SHAPES = (
     Shape("gate and up", 11008, 4096, gated=True, normed=True),
     Shape("down", 4096, 11008, residual=True),
 )
-
-MLP = (Shape("OPT's up", 16384, 4096, normed=True), Shape("OPT's down", 4096, 16384, residual=True))
 
 Product = Callable[..., jax.Array]
 Operands = dict[str, jax.Array]
@@ -213,20 +209,6 @@ def tunings(shape: Shape, rows: int) -> Iterator[Tuning]:
         if shape.bits == 4 and tuning.tile_k % GROUP:
             continue
         if fitting and fitting not in seen and tuning.tile_k >= 64 and 50 <= grid <= 800:
-            seen.add(fitting)
-            yield fitting
-
-
-def streamed(shape: Shape, rows: int) -> Iterator[Tuning]:
-    """The same for the kernel of two consumers."""
-    chosen = streamed_tuning(rows, shape.n, shape.k, gated=shape.gated)
-    seen = set()
-    for change in ({}, {"sharing": 1}, {"sharing": 2}, {"sharing": 4}, {"splits": 2}, {"splits": 1}, {"tile_k": 128}):
-        tuning = dataclasses.replace(chosen, stages=8, **change)
-        if tuning.splits * tuning.sharing > 8:
-            continue
-        fitting = shape.fit(tuning, rows, SMEM_PER_SM - 1024)
-        if fitting and fitting not in seen:
             seen.add(fitting)
             yield fitting
 
@@ -348,17 +330,7 @@ class Bench:
             entry["mosaic"].append(result)
             short = {
                 name: result.get(name)
-                for name in (
-                    "rows",
-                    "tile_k",
-                    "stages",
-                    "splits",
-                    "sharing",
-                    "consumers",
-                    "fuse_norm",
-                    "overlap",
-                    "reduce",
-                )
+                for name in ("rows", "tile_k", "stages", "splits", "fuse_norm", "overlap", "reduce")
             }
             self.save(f"    {result.get('us')} us, error {result.get('error')}, {short} {result.get('failure', '')}")
         right = [r for r in entry["mosaic"] if "us" in r and r["error"] < 2 * entry["xla"]["error"] + 1e-3]
@@ -412,13 +384,6 @@ class Bench:
         self.found.setdefault("mlp", []).append(entry)
         self.save(f"MLP: {entry}")
 
-    def many_rows(self) -> None:
-        """The kernel of two consumers beside XLA."""
-        self.limits()
-        for rows, shape in itertools.product((128, 64), (*self.shapes, *(() if self.rehearse else MLP))):
-            if not self.late():
-                self.products(shape, rows, streamed(shape, rows))
-
     def run(self) -> None:
         """Everything, the most wanted first."""
         self.limits()
@@ -447,19 +412,18 @@ def compile_all(limit: int) -> None:
 
     compile_one = compiler()
     quantized = [s.quantized(dtype) for dtype in QUANTIZED for s in SHAPES]
-    cases = [(rows, shape, tunings) for rows in (1, 8, 16, 64) for shape in (*SHAPES, *quantized)]
-    cases += [(rows, shape, streamed) for rows in (64, 128) for shape in (*SHAPES, *MLP)]
-    for rows, shape, candidates in cases:
-        given = jax.eval_shape(lambda key, s=shape, m=rows: operands(s, m, key), jax.random.key(0))
-        weight = jax.eval_shape(shape.make, jax.random.key(0))
-        for tuning in itertools.islice(candidates(shape, rows), limit):
-            start, failure = time.perf_counter(), ""
-            try:
-                compile_one(chain(product(shape, tuning, kernel=True), 4), [[weight] * 4, [given] * 4])
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}"[:300]
-            spent = time.perf_counter() - start
-            print(f"{spent:.2f} s  {shape.name}, {rows} rows: {tuning} {failure}", flush=True)
+    for rows in (1, 8, 16, 64):
+        for shape in (*SHAPES, *quantized):
+            given = jax.eval_shape(lambda key, s=shape, m=rows: operands(s, m, key), jax.random.key(0))
+            weight = jax.eval_shape(shape.make, jax.random.key(0))
+            for tuning in list(tunings(shape, rows))[:limit]:
+                start, failure = time.perf_counter(), ""
+                try:
+                    compile_one(chain(product(shape, tuning, kernel=True), 4), [[weight] * 4, [given] * 4])
+                except Exception as error:
+                    failure = f"{type(error).__name__}: {error}"[:300]
+                spent = time.perf_counter() - start
+                print(f"{spent:.2f} s  {shape.name}, {rows} rows: {tuning} {failure}", flush=True)
 
 
 def main() -> None:
@@ -470,14 +434,12 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, without the kernel")
     parser.add_argument("--compile", type=int, metavar="N", help="compile N tunings a shape for an H200, and stop")
     parser.add_argument("--numerics", action="store_true", help="compare the forms of the kernel, time nothing")
-    parser.add_argument("--streamed", action="store_true", help="64 and 128 rows, with a warpgroup that fetches")
     arguments = parser.parse_args()
     if arguments.compile:
         compile_all(arguments.compile)
     else:
         bench = Bench(arguments.out, arguments.seconds, arguments.rehearse)
-        steps = bench.numerics if arguments.numerics else bench.many_rows if arguments.streamed else bench.run
-        steps()
+        bench.numerics() if arguments.numerics else bench.run()
 
 
 if __name__ == "__main__":

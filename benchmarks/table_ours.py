@@ -196,7 +196,7 @@ def _noise(engine: Any, batch: int, context: int) -> tuple[Any, Any]:
     from jaxinfer.generation.kv_cache import blocks_for
     from jaxinfer.generation.params import GenerationDefaults
     from jaxinfer.generation.sampling import features_of, pack
-    from jaxinfer.step_inputs import DecodeInputs
+    from jaxinfer.steps import DecodeInputs
 
     executor = engine.executor
 

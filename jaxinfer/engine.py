@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxinfer import hardware, process, progress
 from jaxinfer.checkpoints import Store, Target
 from jaxinfer.errors import CapacityError, ConfigError, JaxinferError, RequestError
-from jaxinfer.executor import Executor, PromptWish
+from jaxinfer.executor import Executor
 from jaxinfer.generation.chat import Message, chat_ids
 from jaxinfer.generation.live import LiveRequest, Prompt, as_prompts, encode, is_prompt, output_limit
 from jaxinfer.generation.params import GenerationDefaults, SamplingParams, derive_seed
@@ -32,6 +32,7 @@ from jaxinfer.paging.start import measured, open_pager
 from jaxinfer.plan import Plan, make_plan
 from jaxinfer.pretrained import Pretrained
 from jaxinfer.progress import shown as _shown
+from jaxinfer.steps import PromptWish
 from pallas_kernels import Choice
 from sharding import ShardingRules, describe, make_mesh
 

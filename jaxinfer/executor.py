@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,60 +26,22 @@ from jaxinfer.generation.sampling import (
     rank_logprobs,
     sample,
 )
-from jaxinfer.models.attention import Batch, LayerCache, Pieces
+from jaxinfer.models.attention import Batch, LayerCache, Pieces, at_ends
 from jaxinfer.models.decoder import Decoder, abstract, parameters
 from jaxinfer.plan import Plan
-from jaxinfer.step_inputs import DecodeInputs, InputLayout, PrefillInputs
+from jaxinfer.programs import Part, compiler_options, prefill_parts
+from jaxinfer.steps import (
+    ERROR_TOKEN,
+    DecodeInputs,
+    Drawn,
+    InputLayout,
+    PrefillInputs,
+    PromptReport,
+    PromptWish,
+)
 from pallas_kernels import Device, compiling_for
 
-Array = Any  # numpy on its way in, a tracer inside a step: jax.Array alone would be wrong at either end
 CACHE_AXES = ("blocks", "kv_heads", "block_tokens", "head_dim")
-ERROR_TOKEN = -1
-"""Stands for a token where the logits were not finite."""
-
-MANY_TOKENS = 128
-"""Tokens of a prefill step from which :func:`compiler_options` knows better than XLA's defaults."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Drawn:
-    """Tokens that a step drew, :data:`ERROR_TOKEN` where there is none; the rest where log-probabilities are asked.
-
-    Shapes have a leading axis of steps in decode: ``tokens`` int32 [(K,) B], ``logprob`` float32, ``rank`` int32,
-    ``top_ids`` and ``top_logprobs`` [(K,) B, L].
-    """
-
-    tokens: Array
-    logprob: Array | None = None
-    rank: Array | None = None
-    top_ids: Array | None = None
-    top_logprobs: Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PromptReport:
-    """Of each prompt token: ``logits`` [P, C, V], or the log-probability of the next (``logprob``, ``rank`` [P, C])."""
-
-    logits: Array | None = None
-    logprob: Array | None = None
-    rank: Array | None = None
-    top_ids: Array | None = None
-    top_logprobs: Array | None = None
-
-
-@dataclass(frozen=True)
-class PromptWish:
-    """What a prefill step reports of the prompt; static.
-
-    Attributes:
-        logits: the logits of every position.
-        logprobs: alternatives beside each prompt token's log-probability; None for no log-probabilities.
-    """
-
-    logits: bool = False
-    logprobs: int | None = None
 
 
 class Executor:
@@ -113,8 +74,11 @@ class Executor:
         self._leaves = [leaves[path] for path in self._paths]
         self._leaf_specs = [plan.rules.spec(plan.parameters[path].axes) for path in self._paths]
         self._cache_specs = tuple(plan.rules.spec(CACHE_AXES[: len(shape)]) for shape, _ in plan.cache_arrays)
+        self._all_cache_specs = [self._cache_specs] * plan.spec.num_layers
         self._rows = plan.rules.spec(("batch",))
         self._steps_rows = plan.rules.spec((None, "batch"))
+        self._parts = prefill_parts(self._paths, plan.spec.num_layers)
+        self._part_leaves = [part.of(self._leaves) for part in self._parts]
         self._on_compile = on_compile or (lambda _: contextlib.nullcontext())
         self._compiled: dict[Any, Any] = {}
         self._penalties: PenaltyState | None = None
@@ -138,20 +102,19 @@ class Executor:
             self.trace.append(("prefill", functools.partial(self.prefill, inputs, features, wish)))
         penalties = self._penalty_state() if features.penalties else None
         layout = self._layout(inputs)
-        rows, tokens = inputs.tokens.shape
-        step = self._step(
-            ("prefill", layout, features, wish),
-            f"{'' if inputs.pieces is None else 'packed '}prefill of {rows} x {tokens} tokens, "
-            f"context {inputs.tables.shape[1] * 64}",
-            functools.partial(self._prefill_body, features=features, wish=wish),
-            (inputs, penalties),
-            (self._rows, self._rows),
+        # All of them first: where one cannot be compiled, none must have run.
+        programs = self._prefill_programs(inputs, layout, features, wish, penalties)
+        words, hidden = layout.pack(inputs), None
+        for part, leaves, program in zip(self._parts[:-1], self._part_leaves, programs, strict=False):
+            written, hidden = program(leaves, self.caches[part.own], hidden, words)
+            self.caches[part.own] = written
+        own = self._parts[-1].own
+        written, self.last, penalties, drawn, report = programs[-1](
+            self._part_leaves[-1], self.caches[own], self.last, penalties, hidden, words
         )
-        self.caches, self.last, self._penalties_after, drawn, report = step(
-            self._leaves, self.caches, self.last, penalties, layout.pack(inputs)
-        )
+        self.caches[own] = written
         if features.penalties:
-            self._penalties = self._penalties_after
+            self._penalties = penalties
         return _fetching(drawn), _fetching(report)
 
     def decode(self, inputs: DecodeInputs, features: SamplerFeatures) -> Drawn:
@@ -159,17 +122,9 @@ class Executor:
         if self.trace is not None:
             self.trace.append(("decode", functools.partial(self.decode, inputs, features)))
         penalties = self._penalty_state() if features.penalties else None
-        layout = self._layout(inputs)
-        step = self._step(
-            ("decode", layout, features),
-            f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}",
-            functools.partial(self._decode_body, features=features),
-            (inputs, penalties),
-            (self._steps_rows, None),
-        )
-        self.caches, self.last, penalties, drawn, _ = step(
-            self._leaves, self.caches, self.last, penalties, layout.pack(inputs)
-        )
+        step = self._decode_program(inputs, features, penalties)
+        words = self._layout(inputs).pack(inputs)
+        self.caches, self.last, penalties, drawn = step(self._leaves, self.caches, self.last, penalties, words)
         if features.penalties:
             self._penalties = penalties
         return _fetching(drawn)
@@ -206,36 +161,64 @@ class Executor:
 
     # The bodies below run under shard_map: every array is this device's block.
 
-    def _prefill_body(
+    def _prefill_front(
+        self,
+        leaves: list[jax.Array],
+        caches: list[LayerCache],
+        hidden: jax.Array | None,
+        inputs: PrefillInputs,
+        *,
+        part: Part,
+    ) -> tuple[list[LayerCache], jax.Array]:
+        hidden, caches = self._prefill_layers(self._model(part.among(leaves)), part, caches, hidden, inputs)
+        return caches, hidden
+
+    def _prefill_back(
         self,
         leaves: list[jax.Array],
         caches: list[LayerCache],
         last: jax.Array,
         penalties: PenaltyState | None,
+        hidden: jax.Array | None,
         inputs: PrefillInputs,
         *,
+        part: Part,
         features: SamplerFeatures,
         wish: PromptWish,
     ) -> tuple[list[LayerCache], jax.Array, PenaltyState | None, Drawn, PromptReport]:
-        model = self._model(leaves)
+        model = self._model(part.among(leaves))
+        # Of the last layer most tokens give keys and values, and nothing else that anybody looks at.
+        narrow = wish == PromptWish()
+        hidden, caches = self._prefill_layers(model, part, caches, hidden, inputs, inputs.last if narrow else None)
+        ends = hidden[:, 0] if narrow else at_ends(hidden, inputs.last, packed=inputs.pieces is not None)
+        return caches, *self._prefill_end(model, hidden, ends, last, penalties, inputs, features, wish)
+
+    @staticmethod
+    def _prefill_layers(
+        model: Decoder,
+        part: Part,
+        caches: list[LayerCache],
+        hidden: jax.Array | None,
+        inputs: PrefillInputs,
+        ends: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[LayerCache]]:
         pieces = None if inputs.pieces is None else Pieces.of(inputs.pieces, inputs.positions, inputs.tables)
         batch = Batch(inputs.tokens, inputs.positions, inputs.tables, inputs.long, pieces)
-        hidden, caches = model.hidden_states(batch, caches)
-        return caches, *self._prefill_end(model, hidden, last, penalties, inputs, features, wish)
+        return model.hidden_states(batch, caches, hidden, part.layers, ends)
 
     def _prefill_end(
         self,
         model: Decoder,
         hidden: jax.Array,
+        ends: jax.Array,
         last: jax.Array,
         penalties: PenaltyState | None,
         inputs: PrefillInputs,
         features: SamplerFeatures,
         wish: PromptWish,
     ) -> tuple[jax.Array, PenaltyState | None, Drawn, PromptReport]:
-        """What comes after the layers of a prefill step."""
-        rows = jnp.arange(hidden.shape[0]) if inputs.pieces is None else 0
-        logits = model.logits(hidden[rows, inputs.last])
+        """What comes after the layers of a prefill step: of hidden states, and those [P, H] that are sampled from."""
+        logits = model.logits(ends)
         own: Any = None  # a PenaltyState where penalties are asked for
         if features.penalties:
             assert inputs.history is not None
@@ -270,7 +253,7 @@ class Executor:
         inputs: DecodeInputs,
         *,
         features: SamplerFeatures,
-    ) -> tuple[list[LayerCache], jax.Array, PenaltyState | None, Drawn, None]:
+    ) -> tuple[list[LayerCache], jax.Array, PenaltyState | None, Drawn]:
         model = self._model(leaves)
 
         def one(carry: tuple[Any, ...], index: jax.Array) -> tuple[tuple[Any, ...], Drawn]:
@@ -284,7 +267,7 @@ class Executor:
         mine: Any = (caches, _seated(last, inputs.slots), _seated(penalties, inputs.slots))
         (caches, *found), drawn = jax.lax.scan(one, mine, steps)
         last, penalties = _kept(last, inputs.slots, found[0]), _kept(penalties, inputs.slots, found[1])
-        return caches, last, penalties, drawn, None
+        return caches, last, penalties, drawn
 
     @staticmethod
     def _decode_batch(last: jax.Array, inputs: DecodeInputs, index: jax.Array) -> Batch:
@@ -310,33 +293,102 @@ class Executor:
         """The model of which a step holds all parameters."""
         return abstract(self.plan.spec, self.plan.layout, jnp.dtype(self.plan.dtype), self.plan.quantize)
 
-    def _model(self, leaves: list[jax.Array]) -> Decoder:
+    def _model(self, leaves: Sequence[jax.Array | None]) -> Decoder:
+        """The model; None stands for parameters that nobody is going to look at."""
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+
+    def _prefill_programs(
+        self,
+        inputs: PrefillInputs,
+        layout: InputLayout,
+        features: SamplerFeatures,
+        wish: PromptWish,
+        penalties: PenaltyState | None,
+    ) -> list[Any]:
+        """The compiled programs of a prefill step, one for each part; all but the last take and give less."""
+        keys: list[Any] = [("prefill front", layout, part.layers) for part in self._parts[:-1]]
+        keys.append(("prefill", layout, features, wish))
+        known = [self._compiled.get(key) for key in keys]
+        if None not in known:  # looked up before anything else is put together: a prompt waits
+            return known
+        rows, tokens = inputs.tokens.shape
+        what = f"{'' if inputs.pieces is None else 'packed '}prefill of {rows} x {tokens} tokens"
+        what = f"{what}, context {inputs.tables.shape[1] * 64}"
+        options = self._options(inputs.tokens.size // self.plan.shards)
+        spec, dtype = self.plan.spec, jnp.dtype(self.plan.dtype)
+        stream = jax.ShapeDtypeStruct((rows, tokens, spec.hidden), dtype, sharding=self._sharding(self._rows))
+        hidden, programs = None, []
+        for key, part, leaves in zip(keys, self._parts, self._part_leaves, strict=True):
+            leaf_specs, cache_specs = part.of(self._leaf_specs), self._all_cache_specs[part.own]
+            if part is not self._parts[-1]:
+                program = self._step(
+                    key,
+                    f"{what}, layers {part.layers.start} to {part.layers.stop - 1}",
+                    functools.partial(self._prefill_front, part=part),
+                    (leaves, self.caches[part.own], hidden, inputs),
+                    (leaf_specs, cache_specs, self._rows),
+                    (cache_specs, self._rows),
+                    (1,),
+                    options,
+                )
+            else:
+                kept = (cache_specs, self._rows, self._rows)
+                program = self._step(
+                    key,
+                    what if hidden is None else f"{what}, from layer {part.layers.start} on",
+                    functools.partial(self._prefill_back, part=part, features=features, wish=wish),
+                    (leaves, self.caches[part.own], self.last, penalties, hidden, inputs),
+                    (leaf_specs, *kept, self._rows),
+                    (*kept, self._rows, self._rows),
+                    (1, 2, 3),
+                    options,
+                )
+            programs.append(program)
+            hidden = stream
+        return programs
+
+    def _decode_program(self, inputs: DecodeInputs, features: SamplerFeatures, penalties: PenaltyState | None) -> Any:
+        """The compiled program of a decode step."""
+        kept = (self._all_cache_specs, self._rows, self._rows)
+        return self._step(
+            ("decode", self._layout(inputs), features),
+            f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}",
+            functools.partial(self._decode_body, features=features),
+            (self._leaves, self.caches, self.last, penalties, inputs),
+            (self._leaf_specs, *kept),
+            (*kept, self._steps_rows),
+            (1, 2, 3),
+            self._options(0),
+        )
 
     def _step(
         self,
         key: Any,
         description: str,
         body: Callable[..., Any],
-        arguments: tuple[Any, PenaltyState | None],
-        result_specs: tuple[Any, Any],
+        arguments: tuple[Any, ...],
+        in_specs: tuple[Any, ...],
+        out_specs: Any,
+        donated: tuple[int, ...],
+        options: dict[str, str] | None = None,
     ) -> Any:
-        """The compiled step for a key, compiled now if this is its first use; it takes the inputs packed."""
+        """The compiled step for a key, compiled now if this is its first use.
+
+        The last of ``arguments`` are the host's inputs, which the step takes packed; ``in_specs`` are of the others.
+        """
         if key in self._compiled:
             return self._compiled[key]
-        inputs, penalties = arguments
+        *given, inputs = arguments
         layout = self._layout(inputs)
 
-        def unpacked(leaves: Any, caches: Any, last: Any, penalties: Any, words: jax.Array) -> Any:
-            return body(leaves, caches, last, penalties, layout.unpack(words))
+        def unpacked(*packed: Any) -> Any:
+            *given, words = packed
+            return body(*given, layout.unpack(words))
 
         unpacked.__name__ = getattr(body, "func", body).__name__  # what profiles and dumps call the step
-        cache_specs = [self._cache_specs] * self.plan.spec.num_layers
-        kept = (cache_specs, self._rows, self._rows)
-        given = (self._leaves, self.caches, self.last, penalties, layout.pack(inputs))
-        in_specs = (self._leaf_specs, *kept, self._rows)
-        options = self._options(inputs.tokens.size // self.plan.shards if isinstance(inputs, PrefillInputs) else 0)
-        return self._compile(key, description, unpacked, given, in_specs, (*kept, *result_specs), (1, 2, 3), options)
+        given.append(layout.pack(inputs))
+        in_specs = (*in_specs, self._rows)
+        return self._compile(key, description, unpacked, tuple(given), in_specs, out_specs, donated, options)
 
     def _layout(self, inputs: Any) -> InputLayout:
         return InputLayout.of(inputs, self.plan.shards)
@@ -421,19 +473,3 @@ def _fetching[Tree](tree: Tree) -> Tree:
     for leaf in jax.tree.leaves(tree):
         leaf.copy_to_host_async()
     return tree
-
-
-def compiler_options(on: Device, rows: int) -> dict[str, str]:
-    """Options of XLA for a prefill step of so many tokens.
-
-    Without its Triton products XLA leaves bias and residual to cuBLASLt, which adds them within the product. On an H200
-    8 x 2040 tokens of a 7B Llama took 11.07 ms a layer instead of 11.34 (``benchmarks/prefill_variants.py``), and whole
-    prompts of 128, 512 and 4 x 512 tokens 7.4, 13.6 and 44.9 ms instead of 7.8, 13.7 and 45.6; of OPT-6.7B, 128 and
-    16 x 128 tokens 7.3 and 43.9 ms instead of 8.0 and 44.5. Fewer tokens have not been timed.
-    """
-    return {"xla_gpu_enable_triton_gemm": "False"} if on.hopper and rows >= MANY_TOKENS else {}
-
-
-def _shapes(tree: Any) -> tuple[Any, ...]:
-    leaves, structure = jax.tree.flatten(tree)
-    return (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))

@@ -27,6 +27,7 @@ from jaxinfer.paging import tiers as paging
 from jaxinfer.paging.memory import usable_host
 from jaxinfer.paging.tiers import Tiers
 from jaxinfer.pretrained import DTYPES, Pretrained
+from jaxinfer.programs import PARTED_LAYERS
 from jaxinfer.quantization import check_method
 from jaxinfer.sizes import parse_bytes, size
 from pallas_kernels import BLOCK_SIZE, SCORE_BYTES, Choice, choices
@@ -167,8 +168,7 @@ class Plan:
     def workspace_bytes_per_device(self) -> int:
         """An upper estimate of the temporary arrays of the largest prefill step, in bytes.
 
-        Activations of its tokens; scores, weights and weights in the model's dtype; keys, values and masked values
-        gathered from the blocks of one layer; logits.
+        Activations of its tokens; scores and weights, also in the model's dtype; what is gathered of a layer; logits.
         """
         spec, tensor = self.spec, self.mesh.get("tensor", 1)
         rows, size = self.micro_tokens, jnp.dtype(self.dtype).itemsize
@@ -182,8 +182,8 @@ class Plan:
             read = max(read, self.slots * self.longest_blocks)
         gathered = read * (self.block_bytes_per_device // spec.num_layers + widened)
         logits = 3 * 4 * spec.vocab_size * max(self.slots, 16)
-        # Hidden states of a pass wait between the layers, and are put together at the end.
-        waiting = 0 if self.tiers is None else self.prefill_tokens + 2 * rows
+        # Hidden states of a pass wait between layers, and are put together at the end; or between two programs.
+        waiting = rows * (spec.num_layers >= PARTED_LAYERS) if self.tiers is None else self.prefill_tokens + 2 * rows
         return (rows * width * 2 + waiting * spec.hidden) * size + scores + gathered + logits
 
     @property

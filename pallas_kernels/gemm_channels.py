@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Protocol
 
 import jax
@@ -44,7 +43,6 @@ class Channels(Protocol):
 
     Attributes:
         parts: sums that :meth:`finish` is given.
-        rows, tokens: channels and tokens of each.
         blocks: blocks of the grid along the channels.
         pieces: copies of :meth:`vector`.
         weight_copies, factor_copies: those of :meth:`weight` and :meth:`factors`.
@@ -54,8 +52,6 @@ class Channels(Protocol):
     """
 
     parts: int
-    rows: int
-    tokens: int
     blocks: int
     pieces: int
     weight_copies: int
@@ -81,9 +77,6 @@ class Channels(Protocol):
     def finish(self, parts: list[jax.Array], bias: list[jax.Array] | None, gmem: Any, smem: Any, tile: Any) -> None:
         """Turn the sums, float32 [rows, tokens] each, into results, and wait until they are written."""
 
-    def of_tokens(self, first: Any) -> Channels:
-        """The same for as many tokens from another first one on."""
-
 
 class Matrix:
     """Of a weight [P, N, K], the next ``rows`` channels of each part; the result is [M, N]. See :class:`Channels`."""
@@ -96,7 +89,6 @@ class Matrix:
     ) -> None:  # fmt: skip
         """Take the result's dtype and its rows in memory, ``held``."""
         self.parts, self.n, self.rows, self.tokens, self.activation = parts, n, rows, tokens, activation
-        self.first: Any = 0
         self.blocks = -(-n // rows)
         self.operands = {} if residual is None else {"residual": residual}
         self.fetched = tuple(self.operands)
@@ -120,7 +112,7 @@ class Matrix:
 
     def fetch(self, gmem: Any, smem: Any, tile: Any) -> None:
         """Fetch the residual."""
-        source = gmem["residual"].at[pl.ds(self.first, self.tokens), pl.ds(tile * self.rows, self.rows)]
+        source = gmem["residual"].at[pl.ds(0, self.tokens), pl.ds(tile * self.rows, self.rows)]
         plgpu.copy_gmem_to_smem(source, smem["residual_smem"], smem["extra"])
 
     def finish(self, parts: list[jax.Array], bias: list[jax.Array] | None, gmem: Any, smem: Any, tile: Any) -> None:
@@ -134,14 +126,8 @@ class Matrix:
         else:
             out.T[...] = plgpu.layout_cast(y.astype(out.dtype), TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out, gmem["out"].at[pl.ds(self.first, self.tokens), pl.ds(tile * self.rows, self.rows)])
+        plgpu.copy_smem_to_gmem(out, gmem["out"].at[pl.ds(0, self.tokens), pl.ds(tile * self.rows, self.rows)])
         plgpu.wait_smem_to_gmem(0)
-
-    def of_tokens(self, first: Any) -> Matrix:
-        """Of :class:`Channels`."""
-        found = copy.copy(self)
-        found.first = first
-        return found
 
 
 class Heads:
@@ -278,7 +264,3 @@ class Heads:
                             plgpu.copy_smem_to_gmem(out.at[number, row], blocks.at[block, group, inside, channels])
 
         plgpu.wait_smem_to_gmem(0)
-
-    def of_tokens(self, first: Any) -> Heads:
-        """All tokens are a block's, of every part of K."""
-        raise NotImplementedError("heads are not divided along their tokens")

@@ -30,7 +30,6 @@ from pallas_kernels.skinny_gemm import (
     InputNorm,
     Tuning,
     balance,
-    check_consumers,
     normalise,
     padded_rows,
     products,
@@ -100,13 +99,10 @@ def qkv_gemm(
     x = x.reshape(-1, k)
     rows, parts, size = x.shape[0], 1 if rotary is None else 2, weight_bits(weight.dtype) / 8
     group = k // weight_scale.shape[0] if weight_scale is not None and weight_scale.ndim == 4 else 1
-    if tuning is not None and tuning.consumers > 1 and weight_scale is not None:
-        raise ValueError(f"qkv_gemm: a weight of {weight.dtype} has one consumer: {tuning}")
     if tuning is None:
         tuning = tuning_for_heads(rows, groups * heads, dim, k, parts=parts, norm=norm, weight_bytes=size)
     # As in skinny_gemm: before the division by its size, a row of float16 may overflow.
-    before = tuning.consumers > 1 or not tuning.fuse_norm
-    if norm is not None and (x.dtype == jnp.float16 or k % 64 or before):
+    if norm is not None and (x.dtype == jnp.float16 or k % 64 or not tuning.fuse_norm):
         x, norm = normalise(x, norm), None
     if interpret:
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
@@ -284,9 +280,6 @@ def _check_tuning(
         raise ValueError(f"qkv_gemm: rows must divide the {dim // parts} channels of each part of a head: {tuning}")
     if tuning.tile_k % group:
         raise ValueError(f"qkv_gemm: tile_k must be a multiple of the group, {group}: {tuning}")
-    check_consumers("qkv_gemm", tuning)
-    if tuning.consumers > 1 and tuning.splits > 1:
-        raise ValueError(f"qkv_gemm: with consumers K is not split: {tuning}")
     if not 1 <= tuning.splits <= min(8, -(-k // tuning.tile_k)) or tuning.reduce != "cluster":
         raise ValueError(
             f"qkv_gemm: splits must be 1 to 8, at most one for each tile of K={k}, and meet in a cluster: {tuning}"

@@ -7,7 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import skinny_gemm_streamed
 from pallas_kernels.gemm_channels import Heads, whole_tiles
 from pallas_kernels.skinny_gemm import InputNorm, Tuning, padded_rows
 from pallas_kernels.skinny_gemm_mosaic import launch
@@ -57,14 +56,8 @@ def run(
         groups, heads - 2, dim, parts=parts, rows=tuning.rows, m=m, tokens=tokens, held=x.shape[0], dtype=x.dtype,
         blocks=(key_blocks, value_blocks), slots=slots, rotary=rotary,
     )  # fmt: skip
-    weight = weight.reshape(groups * heads * parts, dim // parts, k)
-    if tuning.consumers > 1:
-        (query,) = skinny_gemm_streamed.launch(
-            x, weight, own, bias=bias, tuning=tuning, interpret=interpret, name="qkv_gemm_streamed"
-        )
-    else:
-        (query,) = launch(
-            x, weight, own, m=m, norm=norm, bias=bias, weight_scale=weight_scale, tuning=tuning, interpret=interpret,
-            name="qkv_gemm",
-        )  # fmt: skip
+    (query,) = launch(
+        x, weight.reshape(groups * heads * parts, dim // parts, k), own, m=m, norm=norm, bias=bias,
+        weight_scale=weight_scale, tuning=tuning, interpret=interpret, name="qkv_gemm",
+    )  # fmt: skip
     return query[:m], jax.freeze(key_blocks), jax.freeze(value_blocks)

@@ -52,12 +52,6 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 MAX_ROWS = 64
 """Rows up to which the kernel is made: above, x no longer is small beside the weight."""
 
-MAX_STREAMED_ROWS = 128
-"""The same, where a warpgroup does nothing but fetch."""
-
-CONSUMERS = 2
-"""Warpgroups that multiply beside one that fetches."""
-
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 QUANTIZED = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
@@ -103,9 +97,6 @@ class Tuning:
         splits: parts of K, one a block; at most 8.
         reduce: ``cluster`` adds the parts up inside the kernel; ``memory`` writes them out in float32 and leaves the
             sum and the epilogue to XLA, which is what interpret mode can run.
-        consumers: 1, or :data:`CONSUMERS`: warpgroups that multiply ``rows``, then 64, channels each, beside one that
-            fetches (:mod:`pallas_kernels.skinny_gemm_streamed`). Weights in the dtype of ``x``; the norm comes before.
-        sharing: with :data:`CONSUMERS`, blocks of a cluster that share what they fetch of x; at most 8 / ``splits``.
         fuse_norm: normalise inside the kernel, or else before it, as for float16 and where 64 does not divide K.
         overlap: start to fetch the weight while the previous kernel still runs. The weight must not be written by that
             kernel; parameters of the jitted function never are.
@@ -116,8 +107,6 @@ class Tuning:
     stages: int = 5
     splits: int = 1
     reduce: Literal["cluster", "memory"] = "cluster"
-    consumers: int = 1
-    sharing: int = 1
     fuse_norm: bool = True
     overlap: bool = True
 
@@ -230,8 +219,7 @@ def skinny_gemm(
         residual: [M, N], added last.
         weight_scale: for a weight of int8 or float8_e4m3fn, [N] or [2, N]: each channel's factor, applied to its sum.
             For int4, [K / g, N] or [2, K / g, N]: the factor of each group of ``g`` inputs of a channel, g 64 or 128.
-        implementation: ``mosaic`` is the Hopper kernel for 1 to 64 rows, or 128 with a tuning of two consumers;
-            ``reference``, or None, is ``jax.numpy``.
+        implementation: ``mosaic`` is the Hopper kernel for 1 to 64 rows; ``reference``, or None, is ``jax.numpy``.
         tuning: how the kernel divides the work. None asks :func:`tuning_for`, and leaves up to 8 rows with a quantized
             weight to :mod:`pallas_kernels.skinny_gemm_quantized`, where :func:`pallas_kernels.quantized_plan.plan_for`
             has a plan; a tuning keeps to the kernel that it is for.
@@ -249,7 +237,7 @@ def skinny_gemm(
         return reference(x, weight, norm=norm, **rest)
     if implementation != "mosaic":
         raise ValueError(f"skinny_gemm: implementation {implementation!r} is none of 'mosaic', 'reference'")
-    _check_mosaic(x, weight, tuning)
+    _check_mosaic(x, weight)
     if whole := weight.shape[-2] % 8:
         # Tiles have 8 channels. XLA hands a kernel the first channels of an array without a copy.
         whole = weight.shape[-2] - whole
@@ -278,13 +266,11 @@ def skinny_gemm(
         raise ValueError(f"skinny_gemm: tile_k must be a multiple of the group, {group}: {tuning}")
     # Inside the kernel, x is multiplied by the norm's scale before it is divided by its size. In float16 that may
     # overflow where the normalised value would not.
-    before = tuning.consumers > 1 or not tuning.fuse_norm
-    if norm is not None and (x.dtype == jnp.float16 or x.shape[1] % 64 or before):
+    if norm is not None and (x.dtype == jnp.float16 or x.shape[1] % 64 or not tuning.fuse_norm):
         x, norm = normalise(x, norm), None
     if interpret:
         # Interpret mode has none of: dependent launch, remote shared memory, wgmma with an operand in registers.
         tuning, weight = dataclasses.replace(tuning, overlap=False, reduce="memory"), weight.astype(x.dtype)
-        tuning = dataclasses.replace(tuning, splits=1) if tuning.consumers > 1 else tuning
     _check_tuning(tuning, x.shape[0], x.shape[1], gated, norm, size)
     return skinny_gemm_mosaic.run(x, weight, norm=norm, **rest, tuning=tuning, interpret=interpret)
 
@@ -335,28 +321,6 @@ def tuning_for(
     return tuning
 
 
-def streamed_tuning(rows: int, n: int, k: int, *, gated: bool) -> Tuning:
-    """Choose how a kernel of two consumers divides a product: nothing of this has been measured.
-
-    As many splits as there are SMs for, all of an SM's memory for the ring, and x shared by two blocks where a block
-    reads half as much of it as of the weight, or more.
-    """
-    parts = 1 + gated
-    tile_k = 64 if gated or rows > 64 else 128
-    blocks = -(-n // (64 * CONSUMERS))
-    splits = max(1, min(4, k // (4 * tile_k), SMS // blocks))
-    sharing = 2 if 2 * rows >= 64 * CONSUMERS * parts and blocks % 2 == 0 else 1
-    tuning = Tuning(
-        rows=64, tile_k=tile_k, stages=8, splits=splits, consumers=CONSUMERS, sharing=sharing, overlap=False
-    )
-    size = functools.partial(shared_bytes, rows=rows, gated=gated)
-    while tuning.splits > 1 and size(dataclasses.replace(tuning, stages=3)) > SMEM_PER_SM - 1024:
-        tuning = dataclasses.replace(tuning, splits=tuning.splits - 1)
-    while tuning.stages > 2 and size(tuning) > SMEM_PER_SM - 1024:
-        tuning = dataclasses.replace(tuning, stages=tuning.stages - 1)
-    return tuning
-
-
 def balance(blocks: int) -> float:
     """The share of the SMs' time that is used when blocks are dealt out evenly."""
     return blocks / (SMS * -(-blocks // SMS))
@@ -373,22 +337,11 @@ def padded_rows(rows: int, norm: InputNorm | None = None) -> int:
     return -(-(rows + extra) // 8) * 8
 
 
-def streamed_rows(rows: int, splits: int) -> int:
-    """Columns of the wgmma instruction with two consumers: whole tiles of tokens for each of the splits."""
-    return -(-rows // (8 * splits)) * 8 * splits
-
-
 def shared_bytes(
     tuning: Tuning, rows: int, gated: bool, *, norm: InputNorm | None = None, weight_bytes: float = 2
 ) -> int:
     """Shared memory of a block with a residual, in bytes; a little more than what the compiler lays out."""
     tokens, parts = padded_rows(rows, norm), 1 + gated
-    if tuning.consumers > 1:
-        channels, tokens = tuning.consumers * tuning.rows, streamed_rows(rows, tuning.splits)
-        exchange = parts * channels * tokens * 4 if tuning.splits > 1 else 0
-        stage = 2 * tuning.tile_k * (parts * channels + tokens)
-        results = 4 * channels * tokens // tuning.splits + 4 * parts * channels
-        return tuning.stages * stage + exchange + results + 4 * 1024
     stage = int(parts * tuning.rows * tuning.tile_k * weight_bytes) + tokens * tuning.tile_k * 2
     if norm is not None:
         stage += sum(tuning.tile_k * array.dtype.itemsize for array in (norm.scale, norm.bias) if array is not None)
@@ -437,21 +390,19 @@ def _check(
             raise ValueError(f"skinny_gemm: weight_scale must be {wanted}, got {weight_scale.shape}")
 
 
-def _check_mosaic(x: jax.Array, weight: jax.Array, tuning: Tuning | None) -> None:
+def _check_mosaic(x: jax.Array, weight: jax.Array) -> None:
     """Whether the kernel can run the operands."""
-    streamed = tuning is not None and tuning.consumers > 1
-    most = MAX_STREAMED_ROWS if streamed else MAX_ROWS
     runs = (
-        f"it runs 1 to {most} rows, K a multiple of 16, N of at least 8 and a multiple of 8 for a gated weight, "
-        f"x of bfloat16 or float16, and a weight of the same dtype{'' if streamed else ', int8, int4 or float8_e4m3fn'}"
+        f"it runs 1 to {MAX_ROWS} rows, K a multiple of 16, N of at least 8 and a multiple of 8 for a gated weight, "
+        "x of bfloat16 or float16, and a weight of the same dtype, int8, int4 or float8_e4m3fn"
     )
-    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, *(() if streamed else QUANTIZED)):
+    if x.dtype not in DTYPES or weight.dtype not in (x.dtype, *QUANTIZED):
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x of {x.dtype} with a weight of {weight.dtype}: {runs}"
         )
     # The tensor memory accelerator needs rows of whole 16 bytes, wgmma rows of x of whole 32.
     n = weight.shape[-2]
-    fits = 1 <= x.shape[0] <= most and x.shape[1] % 16 == 0 and n >= 8 and (n % 8 == 0 or weight.ndim == 2)
+    fits = 1 <= x.shape[0] <= MAX_ROWS and x.shape[1] % 16 == 0 and n >= 8 and (n % 8 == 0 or weight.ndim == 2)
     if not fits or not weight.size:
         raise ValueError(
             f"skinny_gemm: implementation 'mosaic' cannot run x {x.shape} with weight {weight.shape}: {runs}"
@@ -465,14 +416,5 @@ def _check_tuning(tuning: Tuning, rows: int, k: int, gated: bool, norm: InputNor
     tiles = -(-k // tuning.tile_k)
     if not 1 <= tuning.splits <= min(8, tiles):
         raise ValueError(f"skinny_gemm: splits must be 1 to 8, and at most one for each tile of K={k}: {tuning}")
-    check_consumers("skinny_gemm", tuning)
     if shared_bytes(tuning, rows, gated, norm=norm, weight_bytes=weight_bytes) > SMEM_PER_SM:
         raise ValueError(f"skinny_gemm: more shared memory than an SM has, for {rows} rows: {tuning}")
-
-
-def check_consumers(op: str, tuning: Tuning) -> None:
-    """Whether a tuning's warpgroups make sense."""
-    if tuning.consumers not in (1, CONSUMERS) or (tuning.consumers == 1 and tuning.sharing != 1):
-        raise ValueError(f"{op}: consumers must be 1, or {CONSUMERS} where sharing is not 1: {tuning}")
-    if tuning.consumers > 1 and (tuning.rows != 64 or not 1 <= tuning.sharing <= 8 // tuning.splits):
-        raise ValueError(f"{op}: with consumers rows must be 64, sharing at most 8 / splits: {tuning}")

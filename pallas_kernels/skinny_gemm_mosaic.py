@@ -14,19 +14,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import skinny_gemm_streamed
 from pallas_kernels.gemm_channels import ACC, TRANSPOSED, Channels, Matrix, tiled, whole_tiles
 from pallas_kernels.registers import publish_to_cluster
-from pallas_kernels.skinny_gemm import (
-    QUANTIZED,
-    Activation,
-    InputNorm,
-    Tuning,
-    epilogue,
-    padded_rows,
-    streamed_rows,
-    weight_bits,
-)
+from pallas_kernels.skinny_gemm import QUANTIZED, Activation, InputNorm, Tuning, epilogue, padded_rows, weight_bits
 
 
 # Jitted, so that the layers of a model trace, lower and compile one kernel, not one each.
@@ -46,18 +36,12 @@ def run(
     """Run the kernel on operands that :func:`pallas_kernels.skinny_gemm` has checked; ``weight`` is [P, N, K]."""
     (m, k), (parts, n, _), dtype = x.shape, weight.shape, x.dtype
     x = whole_tiles(x)
-    in_memory = tuning.splits > 1 and tuning.reduce == "memory" and tuning.consumers == 1
+    in_memory = tuning.splits > 1 and tuning.reduce == "memory"
     added = None if in_memory or residual is None else whole_tiles(residual)
-    tokens = padded_rows(m, norm) if tuning.consumers == 1 else streamed_rows(m, tuning.splits) // tuning.splits
     own = Matrix(
-        parts, n, rows=tuning.rows, tokens=tokens, held=x.shape[0], dtype=dtype, activation=activation,
+        parts, n, rows=tuning.rows, tokens=padded_rows(m, norm), held=x.shape[0], dtype=dtype, activation=activation,
         residual=added,
     )  # fmt: skip
-    if tuning.consumers > 1:
-        (out,) = skinny_gemm_streamed.launch(
-            x, weight, own, bias=bias, tuning=tuning, interpret=interpret, name="skinny_gemm_streamed"
-        )
-        return out[:m]
     rest: dict[str, Any] = {"norm": norm, "bias": bias, "weight_scale": weight_scale}
     out, *sums = launch(x, weight, own, m=m, **rest, tuning=tuning, interpret=interpret, name="skinny_gemm")
     if not in_memory:

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "heads of 128, prefill": ({"norm": "rms", "gated_mlp": True, "head_dim": 128}, {}, 512),
     "llama, float32": ({"norm": "rms", "gated_mlp": True}, {"dtype": "float32"}, 512),
     "llama, prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),
+    "llama, prefill in two programs": ({"norm": "rms", "gated_mlp": True, "count": 16}, {}, 512),
     "llama, packed prefill": ({"norm": "rms", "gated_mlp": True}, {}, 512),
     "gemma, prefill": (
         {"norm": "rms", "gated_mlp": True, "residual": "sandwich", "softcap": 50.0, "window": 100}, {}, 512,
@@ -105,21 +106,19 @@ def compile_steps(names: Sequence[str], timeout: float = 280) -> dict[str, Step]
 
 
 def build(name: str) -> Any:
-    """The compiled step of a case, and the bytes of its caches and of the smallest weight of a layer."""
-    import functools
-
+    """The compiled programs of a case's step, and the bytes of its caches and of the smallest weight of a layer."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
     from jaxinfer import hardware
-    from jaxinfer.executor import Executor, PromptWish
+    from jaxinfer.executor import Executor
     from jaxinfer.generation.sampling import SamplerFeatures, pack
     from jaxinfer.models.positions import alibi_slopes, rotary
     from jaxinfer.models.spec import Alibi, LayerSpec, ModelSpec, Norm
     from jaxinfer.plan import make_plan
-    from jaxinfer.step_inputs import DecodeInputs, PrefillInputs
+    from jaxinfer.steps import DecodeInputs, PrefillInputs, PromptWish
     from sharding import AXES
 
     changes, options, context = CASES[name]
@@ -169,24 +168,26 @@ def build(name: str) -> Any:
         inputs = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows)
     else:
         inputs = DecodeInputs(np.arange(executor.batch, dtype=np.int32), zeros, zeros, zeros, tables, rows)
-    if "prefill" in name:
-        body: Any = functools.partial(executor._prefill_body, features=SamplerFeatures(), wish=PromptWish())
-        results: Any = (executor._rows, executor._rows)
-    else:
-        body = functools.partial(executor._decode_body, features=SamplerFeatures())
-        results = (executor._steps_rows, None)
     weights = (f"layers.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down"))
     weight = min(plan.parameters[path].nbytes for path in weights)
-    return executor._step(name, name, body, (inputs, None), results), plan.cache_bytes_per_device, weight
+    if isinstance(inputs, PrefillInputs):
+        layout = executor._layout(inputs)
+        programs = executor._prefill_programs(inputs, layout, SamplerFeatures(), PromptWish(), None)
+    else:
+        programs = [executor._decode_program(inputs, SamplerFeatures(), None)]
+    weights = (f"layers.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down"))
+    weight = min(plan.parameters[path].nbytes for path in weights)
+    return programs, plan.cache_bytes_per_device, weight
 
 
 def main(names: Sequence[str]) -> None:
     for name in names or CASES:
-        step, *sizes = build(name)
-        text, memory = step.as_text(), step.memory_analysis()
+        programs, *sizes = build(name)
+        text, memory = "".join(step.as_text() for step in programs), [step.memory_analysis() for step in programs]
         # The last but one part of an operation's path is the name that its kernel was given.
         calls = re.findall(r'custom_call_target="mosaic_gpu.*?op_name="[^"]*?(\w+)/\w+"', text)
-        report = Step(dict(Counter(calls)), memory.alias_size_in_bytes, memory.temp_size_in_bytes, *sizes)
+        aliased, temporary = sum(m.alias_size_in_bytes for m in memory), max(m.temp_size_in_bytes for m in memory)
+        report = Step(dict(Counter(calls)), aliased, temporary, *sizes)
         print(MARK + json.dumps([name, asdict(report)]), flush=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer.executor import ERROR_TOKEN, Drawn, Executor, PromptReport, PromptWish
+from jaxinfer.executor import Executor
 from jaxinfer.generation import scheduler as scheduling
 from jaxinfer.generation.kv_cache import NULL_BLOCK, blocks_for
 from jaxinfer.generation.params import MAX_LOGPROBS, ResolvedParams
@@ -34,7 +34,7 @@ from jaxinfer.generation.scheduler import (
 )
 from jaxinfer.generation.text import TextStream
 from jaxinfer.plan import Plan
-from jaxinfer.step_inputs import DecodeInputs, PrefillInputs
+from jaxinfer.steps import ERROR_TOKEN, DecodeInputs, Drawn, PrefillInputs, PromptReport, PromptWish
 
 NOT_FINITE = "the model's logits were not finite (NaN or infinity), or every token was forbidden"
 PIECE = 128

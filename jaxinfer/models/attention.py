@@ -76,6 +76,7 @@ class Batch:
         pieces: where tokens are packed [1, T], the rows that attention sees, whose block tables ``tables`` are.
         gathered: the layers' weights are whole on every device of the ``tensor`` axis, and hidden states are those of
             the device's own T / n tokens; all else here, and the cache, is as it is otherwise.
+        ends: int32 [P], the only tokens whose hidden states are asked for; None for all. See :func:`at_ends`.
     """
 
     tokens: jax.Array
@@ -84,6 +85,16 @@ class Batch:
     long: jax.Array | None = None
     pieces: Pieces | None = None
     gathered: bool = field(default=False, metadata={"static": True})
+    ends: jax.Array | None = None
+
+    def kept(self, values: jax.Array) -> jax.Array:
+        """Of [B, T, ...] what is asked for: [P, 1, ...], or all of it."""
+        return values if self.ends is None else at_ends(values, self.ends, packed=self.pieces is not None)[:, None]
+
+
+def at_ends(values: jax.Array, ends: jax.Array, *, packed: bool) -> jax.Array:
+    """Of [B, T, ...] one token a sequence, [P, ...]: ``ends`` int32 [P] are columns of P rows, or of one if packed."""
+    return values[0 if packed else jnp.arange(len(values)), ends]
 
 
 class Attention(nnx.Module):
@@ -137,6 +148,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend from [B, T, H] to [B, T, H], summed over the ``tensor`` axis; new tokens are written to the cache.
 
+        Where the batch has ``ends``, the result and what is added to it are those tokens' alone, [P, 1, H].
+
         Args:
             x: hidden states; where weights are gathered, as the result, [B, T / n, H], those of the device's tokens.
             batch: where they stand.
@@ -170,11 +183,12 @@ class Attention(nnx.Module):
                 y = y if pieces is None else pieces.gather(y)
             if batch.gathered:
                 y = all_to_all(y, "tensor", 1, 2)
+            y = batch.kept(y)
             y = linear_psum(
                 y.reshape(*y.shape[:2], -1), *self.out_product(),
                 axis=None if batch.gathered else "tensor",
                 bias=self.out_bias[...] if self.out_biased else None,
-                residual=residual,
+                residual=None if residual is None else batch.kept(residual),
             )  # fmt: skip
             return y, cache
 

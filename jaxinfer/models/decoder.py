@@ -6,6 +6,7 @@ and as the body of ``jax.shard_map`` on a mesh.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -27,8 +28,11 @@ Half = Callable[[jax.Array, Norm | None, jax.Array | None], jax.Array]
 Norm and residual are handed down, not written here, because a kernel computes both in the product beside them.
 """
 
+Kept = Callable[[jax.Array], jax.Array]
+"""Of hidden states those that attention gives, which may be fewer; see :attr:`jaxinfer.models.attention.Batch.ends`."""
+
 # One function a way of joining the stream; ``norms`` are called n1, n2, n1b, n2b in ``spec.Residual``.
-RESIDUALS: dict[str, tuple[int, Callable[[jax.Array, Sequence[Norm], Half, Half], jax.Array]]] = {}
+RESIDUALS: dict[str, tuple[int, Callable[[jax.Array, Sequence[Norm], Half, Half, Kept], jax.Array]]] = {}
 
 
 def _residual(name: str, norms: int) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
@@ -40,43 +44,46 @@ def _residual(name: str, norms: int) -> Callable[[Callable[..., jax.Array]], Cal
 
 
 @_residual("pre", 2)
-def _pre(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+def _pre(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half, kept: Kept) -> jax.Array:
     x = attend(x, n[0], x)
     return mlp(x, n[1], x)
 
 
 @_residual("post", 2)
-def _post(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+def _post(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half, kept: Kept) -> jax.Array:
     x = n[0](attend(x, None, x))
     return n[1](mlp(x, None, x))
 
 
 @_residual("normed", 2)
-def _normed(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+def _normed(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half, kept: Kept) -> jax.Array:
     x = n[0](x)
     x = n[1](attend(x, None, x))
     return mlp(x, None, x)
 
 
 @_residual("parallel", 1)
-def _parallel(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
+def _parallel(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half, kept: Kept) -> jax.Array:
     # XLA computes a norm that is written twice once; a kernel computes it with each product.
-    return mlp(x, n[0], attend(x, n[0], x))
+    return mlp(kept(x), n[0], attend(x, n[0], x))
 
 
 @_residual("parallel_two_norms", 2)
-def _parallel_two_norms(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    return mlp(x, n[1], attend(x, n[0], x))
+def _parallel_two_norms(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half, kept: Kept) -> jax.Array:
+    return mlp(kept(x), n[1], attend(x, n[0], x))
 
 
 @_residual("sandwich", 4)
-def _sandwich(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half) -> jax.Array:
-    x = x + n[2](attend(x, n[0], None))
+def _sandwich(x: jax.Array, n: Sequence[Norm], attend: Half, mlp: Half, kept: Kept) -> jax.Array:
+    x = kept(x) + n[2](attend(x, n[0], None))
     return x + n[3](mlp(x, n[1], None))
 
 
 class Layer(nnx.Module):
-    """One transformer layer: [B, T, H] to [B, T, H], and its cache with the new tokens written."""
+    """One transformer layer: [B, T, H] to [B, T, H], and its cache with the new tokens written.
+
+    Where the batch has ``ends``, keys and values are those of all tokens, and all else is computed of these alone.
+    """
 
     def __init__(
         self, spec: ModelSpec, layer: LayerSpec, layout: Layout, dtype: jnp.dtype, quantize: str | None = None
@@ -96,7 +103,8 @@ class Layer(nnx.Module):
             written.append(new)
             return y
 
-        return self.join(x, self.norms, attend, functools.partial(self.mlp, gathered=batch.gathered)), written[0]
+        mlp = functools.partial(self.mlp, gathered=batch.gathered)
+        return self.join(x, self.norms, attend, mlp, batch.kept), written[0]
 
 
 class Decoder(nnx.Module):
@@ -110,17 +118,35 @@ class Decoder(nnx.Module):
         self.problem = whole.spec_problem(spec)
 
     def hidden_states(
-        self, batch: Batch, caches: Sequence[LayerCache] | None = None
+        self,
+        batch: Batch,
+        caches: Sequence[LayerCache] | None = None,
+        x: jax.Array | None = None,
+        own: range | None = None,
+        ends: jax.Array | None = None,
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Run embedding and layers: hidden states [B, T, H] before the final norm, and the written caches."""
-        x = self.embed(batch)
-        chosen = whole.implementation(self.problem, self.layers, x, batch, caches)
+        """Run embedding and layers: hidden states [B, T, H] before the final norm, and the written caches.
+
+        Args:
+            batch: the new tokens.
+            caches: of the layers that are run, or None.
+            x: [B, T, H], what the layers before ``own`` made of the tokens; None to begin with the embedding.
+            own: the layers to run, or None for all.
+            ends: int32 [P], tokens that are all that is asked for of the last layer, see
+                :func:`jaxinfer.models.attention.at_ends`; hidden states then are [P, 1, H]. None for all.
+        """
+        own = range(len(self.layers)) if own is None else own
+        layers = [self.layers[index] for index in own]
+        x = self.embed(batch) if x is None else x
+        chosen = whole.implementation(self.problem, layers, x, batch, caches)
         if caches is not None and chosen != "apart":
-            return whole.run(self.layers, x, batch, caches, chosen)
+            return whole.run(layers, x, batch, caches, chosen)
         written: list[LayerCache] = []
-        for index, layer in enumerate(self.layers):
+        for place, (index, layer) in enumerate(zip(own, layers, strict=True)):
+            if index == len(self.layers) - 1 and ends is not None:
+                batch = dataclasses.replace(batch, ends=ends)
             with jax.named_scope(f"layer{index}"):
-                x, cache = layer(x, batch, None if caches is None else caches[index])
+                x, cache = layer(x, batch, None if caches is None else caches[place])
             if cache is not None:
                 written.append(cache)
         return x, written

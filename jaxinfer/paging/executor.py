@@ -18,28 +18,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.executor import (
-    Array,
-    Drawn,
-    Executor,
-    PromptReport,
-    PromptWish,
-    _fetching,
-    _kept,
-    _seated,
-    _shapes,
-)
+from jaxinfer.executor import Executor, _fetching, _kept, _seated
 from jaxinfer.generation.kv_cache import NULL_BLOCK
 from jaxinfer.generation.runner import bucket_width
 from jaxinfer.generation.sampling import PenaltyState, SamplerFeatures
-from jaxinfer.models.attention import Batch, LayerCache
+from jaxinfer.models.attention import Batch, LayerCache, at_ends
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.paging.gathering import gathers, micro_batches
 from jaxinfer.paging.host_cache import Chunks, HostCache, SlotGroup, newest, window_tables
 from jaxinfer.paging.pager import Pager
 from jaxinfer.paging.tiers import ROOMY_SLOTS
 from jaxinfer.plan import Plan
-from jaxinfer.step_inputs import DecodeInputs, PrefillInputs
+from jaxinfer.steps import Array, DecodeInputs, Drawn, PrefillInputs, PromptReport, PromptWish
 from pallas_kernels import Device
 from sharding import all_gather, own_part
 
@@ -354,7 +344,8 @@ class PagedExecutor(Executor):
     ) -> tuple[jax.Array, PenaltyState | None, Drawn, PromptReport]:
         hidden = [all_gather(own, "tensor", 1) for own in hidden] if gathered else hidden
         whole = jnp.concatenate(hidden, axis=1)
-        return self._prefill_end(self._model(leaves), whole, last, penalties, inputs, features, wish)
+        ends = at_ends(whole, inputs.last, packed=inputs.pieces is not None)
+        return self._prefill_end(self._model(leaves), whole, ends, last, penalties, inputs, features, wish)
 
     def _decode_head(
         self, leaves: list[jax.Array], last: jax.Array, inputs: DecodeInputs, index: jax.Array
@@ -489,3 +480,8 @@ def frugal_options(on: Device, roomy: bool) -> dict[str, str]:
 @jax.jit
 def _stacked(drawn: list[Drawn]) -> Drawn:
     return jax.tree.map(lambda *steps: jnp.stack(steps), *drawn)
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(tree)
+    return (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfer import SamplingParams
+from jaxinfer import SamplingParams, programs
 from jaxinfer.engine import InferenceEngine
 from jaxinfer.generation.sampling import features_of, pack
-from jaxinfer.step_inputs import DecodeInputs
+from jaxinfer.steps import DecodeInputs
 from sharding import ShardingRules
 from tests.cases import case
 from tests.engines import LLAMA, tiny
@@ -184,3 +184,60 @@ def test_compilation_is_announced_once(root, monkeypatch):
         engine.generate(PROMPTS[0], GREEDY)
         engine.generate(PROMPTS[0], GREEDY)
     assert said == ["prefill of 1 x 16 tokens, context 64", "decode of 4 sequences, context 64"]
+
+
+@pytest.mark.parametrize("mesh", [{"tensor": 1}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("name", ["qwen2-late-window", "gpt_neo-local", "gemma2-plain"])
+def test_prompts_in_two_programs_are_what_they_are_in_one(root, monkeypatch, name, mesh):
+    """Layers that differ, tied and learned embeddings; packed prompts, chunks, penalties and log-probabilities."""
+    given = prompts(case(name), (3, 20, 33, 70))
+    params = [
+        SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, **changes)
+        for changes in ({}, {"prompt_logprobs": 2, "logprobs": 1}, {"repetition_penalty": 1.5}, {})
+    ]
+    found = []
+    for least in (programs.PARTED_LAYERS, 4):
+        monkeypatch.setattr(programs, "PARTED_LAYERS", least)
+        with tiny(root, name, mesh=mesh) as engine:
+            outputs = [*engine.generate(given, params), engine.generate(given[1], params[0])]
+            found.append([(o.outputs[0].token_ids, o.prompt_logprobs, o.outputs[0].logprobs) for o in outputs])
+            keys = engine.executor.compiled()
+            assert any("prefill front" in key for key in keys) == (least == 4)
+    for whole, parted in zip(*found, strict=True):
+        assert whole[0] == parted[0]
+        for before, after in zip(whole[1:], parted[1:], strict=True):
+            assert_close(before, after)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Log-probabilities of the same tokens, and equal but for rounding."""
+    for one, other in zip(found or [], expected or [], strict=True):
+        assert (one or {}).keys() == (other or {}).keys()
+        for token, entry in (one or {}).items():
+            assert entry.logprob == pytest.approx(other[token].logprob, abs=1e-4)
+
+
+def test_both_programs_of_a_prompt_are_given_their_caches(root, monkeypatch):
+    monkeypatch.setattr(programs, "PARTED_LAYERS", 4)
+    with tiny(root, "qwen2-late-window") as engine:
+        engine.generate(PROMPTS[1], GREEDY)
+        plan, given = engine.plan, jax.tree.leaves(engine.executor.caches)
+        layer = plan.cache_bytes_per_device // 4
+        aliased = [
+            steps(engine, kind)[0].memory_analysis().alias_size_in_bytes for kind in ("prefill front", "prefill")
+        ]
+        assert aliased == [layer, 3 * layer + 4 * plan.slots]
+        # The second fails: what both were given is gone, and the next prompt finds other caches.
+        programs_of = engine.executor._prefill_programs
+        expected = engine.generate(PROMPTS[1], GREEDY).outputs[0].token_ids
+
+        def failing(*_: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.executor, "_prefill_programs", lambda *about: [programs_of(*about)[0], failing])
+            with pytest.raises(RuntimeError, match="out of memory"):
+                engine.generate(PROMPTS[1], GREEDY)
+        assert all(leaf.is_deleted() for leaf in given[:2])
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(engine.executor.caches))
+        assert engine.generate(PROMPTS[1], GREEDY).outputs[0].token_ids == expected

@@ -109,12 +109,6 @@ CASES |= {
     "fused LayerNorm": functools.partial(
         case, 2, 32, 1, 128, 4096, **layer, tuning=Tuning(rows=64, tile_k=256, stages=2, splits=2)  # type: ignore[arg-type]
     ),
-    "streamed, 64 rows": functools.partial(
-        case, 64, 32, 1, 128, 4096, tuning=Tuning(tile_k=64, stages=4, consumers=2, sharing=2)
-    ),
-    "streamed, not rotated": functools.partial(
-        case, 40, 32, 1, 128, 4096, **layer, tuning=Tuning(tile_k=64, stages=6, consumers=2)  # type: ignore[arg-type]
-    ),
     "no overlap": functools.partial(
         case, 1, 32, 1, 128, 4096, tuning=Tuning(rows=64, tile_k=128, stages=2, splits=4, overlap=False)
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.skinny_gemm import InputNorm, Tuning, skinny_gemm, streamed_tuning
+from pallas_kernels.skinny_gemm import InputNorm, Tuning, skinny_gemm
 
 Case = tuple[Callable[..., Any], list[Any]]
 
@@ -163,27 +162,3 @@ CASES |= {
     "48 rows": functools.partial(case, 48, 1600, 800, norm="layer+scale+bias", bias=True, activation="gelu"),
     "quick_gelu": functools.partial(case, 4, 3072, 768, norm="layer+scale+bias", activation="quick_gelu", bias=True),
 }  # fmt: skip
-
-
-def _streamed(m: int, n: int, k: int, *, gated: bool = False, sharing: int | None = None, **about: Any) -> Case:
-    tuning = streamed_tuning(m, n, k, gated=gated)
-    tuning = tuning if sharing is None else dataclasses.replace(tuning, sharing=sharing)
-    return case(m, n, k, gated=gated, tuning=tuning, **about)
-
-
-STREAMED: dict[str, Callable[[], Case]] = {
-    f"streamed, {name}": functools.partial(_streamed, **about)
-    for name, about in {
-        "opt up 128": {"m": 128, "n": 16384, "k": 4096, "bias": True, "activation": "relu"},
-        "opt down 128": {"m": 128, "n": 4096, "k": 16384, "bias": True, "residual": True},
-        "7b gate 64": {"m": 64, "n": 11008, "k": 4096, "gated": True, "activation": "silu", "norm": "rms+scale"},
-        "7b gate 128": {"m": 128, "n": 11008, "k": 4096, "gated": True, "activation": "silu"},
-        "7b down 64": {"m": 64, "n": 4096, "k": 11008, "residual": True},
-        "7b down 64, not shared": {"m": 64, "n": 4096, "k": 11008, "residual": True, "sharing": 1},
-        "ragged": {"m": 100, "n": 1600, "k": 6400, "bias": True, "residual": True, "activation": "gelu"},
-        "float16": {"m": 40, "n": 5120, "k": 5120, "residual": True, "dtype": jnp.float16},
-    }.items()
-}
-"""Those in which a warpgroup fetches."""
-
-CASES |= STREAMED

@@ -35,10 +35,6 @@ INTERPRETED = {
                            "tuning": {"tile_k": 128}},
     "float16": {"sizes": (4, 1, 1, 1, 128, 128), "norm": "rms", "rotary": True, "dtype": "float16"},
     "64 rows": {"sizes": (64, 1, 1, 1, 128, 128), "norm": "rms", "rotary": True},
-    "streamed": {"sizes": (24, 1, 1, 3, 128, 192), "norm": "rms", "rotary": True, "bias": True,
-                 "tuning": {"consumers": 2}},
-    "streamed, shared, not rotated": {"sizes": (33, 1, 1, 1, 64, 128), "bias": True,
-                                      "tuning": {"consumers": 2, "sharing": 2}},
 }  # fmt: skip
 
 

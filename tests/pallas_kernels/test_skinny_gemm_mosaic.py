@@ -58,9 +58,6 @@ INTERPRETED = {
 }  # fmt: skip
 
 
-NAMES = [name for name in skinny_gemm_cases.CASES if name not in skinny_gemm_cases.STREAMED]
-
-
 def interpret(m, n, k, *, tuning, gated=False, norm=None, scale=True, shift=False, unit_offset=False, bias=False,
               activation=None, residual=False, int8=False, fp8=False, int4=0, dtype="bfloat16"):  # fmt: skip
     """The largest error of the interpreted kernel, in units of the largest result."""
@@ -128,10 +125,10 @@ def compiled():
     why = aot.missing()
     if why:
         pytest.skip(why)
-    return aot.compile_cases("tests.pallas_kernels.skinny_gemm_cases", NAMES)
+    return aot.compile_cases("tests.pallas_kernels.skinny_gemm_cases", list(skinny_gemm_cases.CASES))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", skinny_gemm_cases.CASES)
 def test_compiles_for_hopper_without_spills(name, compiled):
     report = compiled[name]
     assert report.error is None

@@ -314,8 +314,12 @@ def test_caches_that_were_given_to_a_step_that_fails_are_allocated_anew(engine, 
     expected = tokens([engine.generate(prompt, params)])
     given = jax.tree.leaves(engine.executor.caches)
     with monkeypatch.context() as patch:
-        step = engine.executor._step
-        patch.setattr(engine.executor, "_step", lambda *about: failing(1, step(*about), after=True))
+        programs = engine.executor._prefill_programs
+        patch.setattr(
+            engine.executor,
+            "_prefill_programs",
+            lambda *about: [failing(1, program, after=True) for program in programs(*about)],
+        )
         with pytest.raises(Broken):
             engine.generate(prompt, params)
     assert all(leaf.is_deleted() for leaf in given)

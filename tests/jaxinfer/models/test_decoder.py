@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.models import decoder
-from jaxinfer.models.attention import Batch
+from jaxinfer.models.attention import Batch, Pieces, at_ends
 from jaxinfer.models.decoder import RESIDUALS, Decoder, abstract, parameters
 from jaxinfer.models.families import FAMILIES
 from jaxinfer.models.positions import rotary
@@ -41,7 +42,25 @@ def test_the_ways_of_joining(name):
         """As attention and MLP are called, which norm what they are given and add the residual."""
         return lambda x, norm, residual: function(norm(x) if norm else x) + (0 if residual is None else residual)
 
-    assert join(1.5, NORMS[:count], half(attend), half(mlp)) == FORMULAS[name](1.5, attend, mlp, NORMS)
+    whole = join(1.5, NORMS[:count], half(attend), half(mlp), lambda x: x)
+    assert whole == FORMULAS[name](1.5, attend, mlp, NORMS)
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_the_ways_of_joining_where_attention_gives_fewer(name):
+    count, join = RESIDUALS[name]
+    x, ends = np.linspace(-1, 1, 7), [2, 6, 0]
+
+    def attend(x, norm, residual):
+        y = (norm(x) if norm else x) ** 2 + 1
+        return y[ends] + (0 if residual is None else residual[ends])
+
+    def mlp(x, norm, residual):
+        assert len(x) == len(ends)
+        return (norm(x) if norm else x) ** 3 - 2 + (0 if residual is None else residual)
+
+    found = join(x, NORMS[:count], attend, mlp, lambda x: x[ends])
+    np.testing.assert_allclose(found, FORMULAS[name](x, lambda x: x**2 + 1, lambda x: x**3 - 2, NORMS)[ends])
 
 
 def test_all_formulas_differ():
@@ -111,6 +130,47 @@ def test_any_cut_into_steps_is_one_full_forward(name, first, second, cuts, seed)
     stepped = built(steps)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(stepped[row, :length], whole[row, :length], atol=5e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_narrowed_to_some_tokens_the_last_layer_is_the_same_at_these(name, packed):
+    """Of rows and of packed tokens; keys and values of every token are written."""
+    spec, built = SPECS[name], built_of(name)
+    tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 6)).astype(np.int32)
+    positions, tables = np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6)), jnp.asarray([[2], [1]])
+    ends = jnp.asarray([5, 2]) if not packed else jnp.asarray([5, 8])
+    pieces = None
+    if packed:
+        tokens, positions = tokens.reshape(1, 12), positions.reshape(1, 12)
+        pieces = Pieces.of(jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.asarray(positions), tables)
+    batch = Batch(jnp.asarray(tokens), jnp.asarray(positions), tables, pieces=pieces)
+    caches = [(jnp.zeros((3, spec.kv_heads, 64, 8)),) * 2] * spec.num_layers
+    whole, written = built(lambda model: model.hidden_states(batch, caches))
+    narrow, again = built(lambda model: model.hidden_states(batch, caches, ends=ends))
+    assert narrow.shape == (2, 1, spec.hidden)
+    np.testing.assert_allclose(narrow[:, 0], at_ends(whole, ends, packed=packed), atol=2e-5)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(written), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_layers_go_on_from_what_others_made(name):
+    spec, built = SPECS[name], built_of(name)
+    batch = Batch(jnp.asarray([[1, 2, 3, 36, 0]]), jnp.arange(5)[None], jnp.asarray([[1]]))
+    caches = [(jnp.zeros((2, spec.kv_heads, 64, 8)),) * 2] * spec.num_layers
+
+    def parted(model):
+        x, first = model.hidden_states(batch, caches[:1], own=range(1))
+        x, rest = model.hidden_states(batch, caches[1:], x, range(1, spec.num_layers))
+        return x, first + rest
+
+    for one, other in zip(
+        jax.tree.leaves(built(parted)),
+        jax.tree.leaves(built(lambda model: model.hidden_states(batch, caches))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,4 +1,4 @@
-"""What a step is given by the host, and how it travels: as one array, since each array of its own costs the host time.
+"""What a step is given by the host, as one array since each one costs the host time, and what it gives back.
 
 A chunk of decode steps of OPT-6.7B was handed out in 3.6 ms with its four arrays as numpy arrays, in 2.5 ms with them
 on the device already (the host of one H200, one run), and a prompt waits that long for its first kernel. How much of it
@@ -17,6 +17,49 @@ import numpy as np
 from jaxinfer.generation.sampling import SamplingRows
 
 Array = Any  # numpy on its way in, a tracer inside a step: jax.Array alone would be wrong at either end
+ERROR_TOKEN = -1
+"""Stands for a token where the logits were not finite."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens that a step drew, :data:`ERROR_TOKEN` where there is none; the rest where log-probabilities are asked.
+
+    Shapes have a leading axis of steps in decode: ``tokens`` int32 [(K,) B], ``logprob`` float32, ``rank`` int32,
+    ``top_ids`` and ``top_logprobs`` [(K,) B, L].
+    """
+
+    tokens: Array
+    logprob: Array | None = None
+    rank: Array | None = None
+    top_ids: Array | None = None
+    top_logprobs: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PromptReport:
+    """Of each prompt token: ``logits`` [P, C, V], or the log-probability of the next (``logprob``, ``rank`` [P, C])."""
+
+    logits: Array | None = None
+    logprob: Array | None = None
+    rank: Array | None = None
+    top_ids: Array | None = None
+    top_logprobs: Array | None = None
+
+
+@dataclass(frozen=True)
+class PromptWish:
+    """What a prefill step reports of the prompt; static.
+
+    Attributes:
+        logits: the logits of every position.
+        logprobs: alternatives beside each prompt token's log-probability; None for no log-probabilities.
+    """
+
+    logits: bool = False
+    logprobs: int | None = None
 
 
 @jax.tree_util.register_dataclass

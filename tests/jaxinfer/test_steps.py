@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.generation.sampling import pack
-from jaxinfer.step_inputs import DecodeInputs, InputLayout, PrefillInputs
+from jaxinfer.steps import DecodeInputs, InputLayout, PrefillInputs
 
 DTYPES = [np.dtype(name) for name in ("int32", "uint32", "float32", "bool")]
 shapes = st.lists(st.integers(0, 4), max_size=2).map(tuple)
