@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxinfer.steps import Drawn, InputLayout, PromptReport
@@ -140,37 +139,29 @@ def rehearse(engine: Any, prompts: Sequence[list[int]], params: Any) -> tuple[Re
 def compile_all(engine: Any, steps: Sequence[Step], threads: int = THREADS) -> float:
     """Compile the programs of steps without running them, XLA's part at the same time; return the seconds."""
     executor = engine.executor
-    step_of: Callable[..., Any] = executor._step
-    finish = jax.stages.Lowered.compile
+    finish: Callable[..., Any] = executor._finish
     # Tracing and lowering hold Python's lock anyway, and one at a time they are as they are in any other run.
     tracing = threading.Lock()
 
-    def compile_unlocked(lowered: Any, *arguments: Any, **options: Any) -> Any:
+    def finish_unlocked(*arguments: Any) -> None:
         tracing.release()
         try:
-            return finish(lowered, *arguments, **options)
+            finish(*arguments)
         finally:
             tracing.acquire()
-
-    def ran(*_: Any) -> None:
         raise _CompiledError
-
-    def only(*arguments: Any) -> Callable[..., None]:
-        step_of(*arguments)
-        return ran
 
     def one(step: Step) -> None:
         with tracing, contextlib.suppress(_CompiledError):
             getattr(executor, step.kind)(*step.arguments)
 
     start = time.perf_counter()
-    executor._step, jax.stages.Lowered.compile = only, compile_unlocked
+    executor._finish = finish_unlocked
     try:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(one, [step for step in steps if step.key not in executor._compiled]))
     finally:
-        del executor._step
-        jax.stages.Lowered.compile = finish
+        del executor._finish
     return time.perf_counter() - start
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -74,7 +75,7 @@ class Executor:
         self._leaves = [leaves[path] for path in self._paths]
         self._leaf_specs = [plan.rules.spec(plan.parameters[path].axes) for path in self._paths]
         self._cache_specs = tuple(plan.rules.spec(CACHE_AXES[: len(shape)]) for shape, _ in plan.cache_arrays)
-        self._all_cache_specs = [self._cache_specs] * plan.spec.num_layers
+        self._specs = [self._cache_specs] * plan.spec.num_layers
         self._rows = plan.rules.spec(("batch",))
         self._steps_rows = plan.rules.spec((None, "batch"))
         self._parts = prefill_parts(self._paths, plan.spec.num_layers)
@@ -312,83 +313,66 @@ class Executor:
         if None not in known:  # looked up before anything else is put together: a prompt waits
             return known
         rows, tokens = inputs.tokens.shape
-        what = f"{'' if inputs.pieces is None else 'packed '}prefill of {rows} x {tokens} tokens"
-        what = f"{what}, context {inputs.tables.shape[1] * 64}"
-        options = self._options(inputs.tokens.size // self.plan.shards)
         spec, dtype = self.plan.spec, jnp.dtype(self.plan.dtype)
-        stream = jax.ShapeDtypeStruct((rows, tokens, spec.hidden), dtype, sharding=self._sharding(self._rows))
-        hidden, programs = None, []
-        for key, part, leaves in zip(keys, self._parts, self._part_leaves, strict=True):
-            leaf_specs, cache_specs = part.of(self._leaf_specs), self._all_cache_specs[part.own]
-            if part is not self._parts[-1]:
-                program = self._step(
-                    key,
-                    f"{what}, layers {part.layers.start} to {part.layers.stop - 1}",
-                    functools.partial(self._prefill_front, part=part),
-                    (leaves, self.caches[part.own], hidden, inputs),
-                    (leaf_specs, cache_specs, self._rows),
-                    (cache_specs, self._rows),
-                    (1,),
-                    options,
-                )
-            else:
-                kept = (cache_specs, self._rows, self._rows)
-                program = self._step(
-                    key,
-                    what if hidden is None else f"{what}, from layer {part.layers.start} on",
-                    functools.partial(self._prefill_back, part=part, features=features, wish=wish),
-                    (leaves, self.caches[part.own], self.last, penalties, hidden, inputs),
-                    (leaf_specs, *kept, self._rows),
-                    (*kept, self._rows, self._rows),
-                    (1, 2, 3),
-                    options,
-                )
-            programs.append(program)
-            hidden = stream
-        return programs
+        between = jax.ShapeDtypeStruct((rows, tokens, spec.hidden), dtype, sharding=self._sharding(self._rows))
+        back = functools.partial(self._prefill_back, features=features, wish=wish)
+        packed = "" if inputs.pieces is None else "packed "
+        what = f"{packed}prefill of {rows} x {tokens} tokens, context {inputs.tables.shape[1] * 64}"
+        with self._on_compile(what):
+            lowered, hidden = {}, None
+            for key, part, leaves in zip(keys, self._parts, self._part_leaves, strict=True):
+                specs, caches, cache_specs = part.of(self._leaf_specs), self.caches[part.own], self._specs[part.own]
+                given: tuple[Any, ...] = (leaves, caches, hidden, inputs)
+                front = functools.partial(self._prefill_front, part=part)
+                if part is self._parts[-1]:
+                    given = (leaves, caches, self.last, penalties, hidden, inputs)
+                    kept, results = (cache_specs, self._rows, self._rows), (self._rows, self._rows)
+                    lowered[key] = self._lower_step(functools.partial(back, part=part), given, specs, kept, results)
+                elif key not in self._compiled:  # whatever else is asked of the others
+                    lowered[key] = self._lower_step(front, given, specs, (cache_specs,), (self._rows,))
+                hidden = between
+            self._finish(lowered, self._options(inputs.tokens.size // self.plan.shards))
+        return [self._compiled[key] for key in keys]
 
     def _decode_program(self, inputs: DecodeInputs, features: SamplerFeatures, penalties: PenaltyState | None) -> Any:
         """The compiled program of a decode step."""
-        kept = (self._all_cache_specs, self._rows, self._rows)
-        return self._step(
-            ("decode", self._layout(inputs), features),
-            f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}",
-            functools.partial(self._decode_body, features=features),
-            (self._leaves, self.caches, self.last, penalties, inputs),
-            (self._leaf_specs, *kept),
-            (*kept, self._steps_rows),
-            (1, 2, 3),
-            self._options(0),
-        )
+        key = ("decode", self._layout(inputs), features)
+        if key not in self._compiled:
+            body = functools.partial(self._decode_body, features=features)
+            kept = (self._specs, self._rows, self._rows)
+            given = (self._leaves, self.caches, self.last, penalties, inputs)
+            with self._on_compile(f"decode of {len(inputs.slots)} sequences, context {inputs.tables.shape[1] * 64}"):
+                lowered = self._lower_step(body, given, self._leaf_specs, kept, (self._steps_rows,))
+                self._finish({key: lowered}, self._options(0))
+        return self._compiled[key]
 
-    def _step(
+    def _lower_step(
         self,
-        key: Any,
-        description: str,
         body: Callable[..., Any],
         arguments: tuple[Any, ...],
-        in_specs: tuple[Any, ...],
-        out_specs: Any,
-        donated: tuple[int, ...],
-        options: dict[str, str] | None = None,
-    ) -> Any:
-        """The compiled step for a key, compiled now if this is its first use.
+        leaf_specs: Any,
+        kept: tuple[Any, ...],
+        results: tuple[Any, ...],
+    ) -> jax.stages.Lowered:
+        """Trace a step.
 
-        The last of ``arguments`` are the host's inputs, which the step takes packed; ``in_specs`` are of the others.
+        Args:
+            body: what a device computes.
+            arguments: parameters; what is given away and comes back, its specs ``kept``; what is given by row; and the
+                inputs, which the step takes packed.
+            leaf_specs, kept, results: specs of the parameters, of what comes back, and of what comes after it.
         """
-        if key in self._compiled:
-            return self._compiled[key]
         *given, inputs = arguments
-        layout = self._layout(inputs)
+        layout, rest = self._layout(inputs), len(given) - len(kept)
 
         def unpacked(*packed: Any) -> Any:
             *given, words = packed
             return body(*given, layout.unpack(words))
 
         unpacked.__name__ = getattr(body, "func", body).__name__  # what profiles and dumps call the step
-        given.append(layout.pack(inputs))
-        in_specs = (*in_specs, self._rows)
-        return self._compile(key, description, unpacked, tuple(given), in_specs, out_specs, donated, options)
+        in_specs = (leaf_specs, *kept, *[self._rows] * rest)
+        donated = tuple(range(1, 1 + len(kept)))
+        return self._lower(unpacked, (*given, layout.pack(inputs)), in_specs, (*kept, *results), donated)
 
     def _layout(self, inputs: Any) -> InputLayout:
         return InputLayout.of(inputs, self.plan.shards)
@@ -410,6 +394,19 @@ class Executor:
         options: dict[str, str] | None = None,
     ) -> Any:
         """Compile a body that runs under ``shard_map``, and keep it."""
+        with self._on_compile(description):
+            self._finish({key: self._lower(body, arguments, in_specs, out_specs, donated)}, options)
+        return self._compiled[key]
+
+    def _lower(
+        self,
+        body: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        in_specs: tuple[Any, ...],
+        out_specs: Any,
+        donated: tuple[int, ...],
+    ) -> jax.stages.Lowered:
+        """Trace a body that runs under ``shard_map``."""
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         in_shardings = jax.tree.map(self._sharding, in_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
         jitted = jax.jit(mapped, in_shardings=in_shardings, donate_argnums=donated)
@@ -418,11 +415,14 @@ class Executor:
             # Without it a GPU multiplies float32 as TF32, with 10 bits of mantissa.
             precision = jax.default_matmul_precision("highest")
         # By the mesh's devices, which need not be those that JAX takes by default, nor be here.
-        chosen = compiling_for(Device.of(self.mesh.devices.flat[0]))
-        with self._on_compile(description), precision, chosen:
-            compiled = jitted.lower(*arguments).compile(compiler_options=options)
-        self._compiled[key] = compiled
-        return compiled
+        with precision, compiling_for(Device.of(self.mesh.devices.flat[0])):
+            return jitted.lower(*arguments)
+
+    def _finish(self, lowered: Mapping[Any, jax.stages.Lowered], options: dict[str, str] | None) -> None:
+        """Compile programs, at the same time, and keep all or none."""
+        with ThreadPoolExecutor(len(lowered)) as pool:
+            compiled = list(pool.map(lambda one: one.compile(compiler_options=options), lowered.values()))
+        self._compiled |= dict(zip(lowered, compiled, strict=True))
 
     def _penalty_state(self) -> PenaltyState:
         """What penalties know of each slot; allocated at first use."""
