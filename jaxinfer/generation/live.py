@@ -72,7 +72,12 @@ def encode(prompt: Any, tokenizer: Any, *, vocab_size: int, longest: int) -> lis
             (p, t) for p, t in enumerate(ids) if isinstance(t, bool) or not isinstance(t, int | np.integer)
         )
         raise RequestError(f"prompt: token {place} is not an integer: {token!r:.80}")
-    if min(ids) < 0 or max(ids) >= vocab_size:
+    try:
+        values = np.fromiter(ids, np.int64, len(ids))
+        outside = bool(values.min() < 0 or values.max() >= vocab_size)
+    except OverflowError:
+        outside = True
+    if outside:
         place, token = next((p, t) for p, t in enumerate(ids) if not 0 <= t < vocab_size)
         raise RequestError(f"prompt: token {place} is {token}, and the vocabulary has ids 0 to {vocab_size - 1}")
     if len(ids) > longest:

@@ -52,6 +52,8 @@ def test_prompts_become_plain_ids():
         ([1, True], None, "token 1 is not an integer: True"),
         ([1.0], None, "token 0 is not an integer"),
         ([1, 10], None, "token 1 is 10, and the vocabulary has ids 0 to 9"),
+        ([1, -(2**70)], None, f"token 1 is -{2**70}, and the vocabulary has ids 0 to 9"),
+        ([2**64, 1], None, f"token 0 is {2**64}, and the vocabulary has ids 0 to 9"),
         ([-1], None, "token 0 is -1"),
         ([1] * 6, None, "6 tokens, and the context length is 5"),
     ],
