@@ -137,7 +137,10 @@ def rehearse(engine: Any, prompts: Sequence[list[int]], params: Any) -> tuple[Re
 
 
 def compile_all(engine: Any, steps: Sequence[Step], threads: int = THREADS) -> float:
-    """Compile the programs of steps without running them, XLA's part at the same time; return the seconds."""
+    """Compile the programs of steps without running them, XLA's part at the same time; return the seconds.
+
+    Where layers are paged a step is a program for each kind of layer, found as it runs: there steps do run.
+    """
     executor = engine.executor
     finish: Callable[..., Any] = executor._finish
     # Tracing and lowering hold Python's lock anyway, and one at a time they are as they are in any other run.
@@ -156,7 +159,7 @@ def compile_all(engine: Any, steps: Sequence[Step], threads: int = THREADS) -> f
             getattr(executor, step.kind)(*step.arguments)
 
     start = time.perf_counter()
-    executor._finish = finish_unlocked
+    executor._finish = finish_unlocked if engine.plan.tiers is None else finish
     try:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(one, [step for step in steps if step.key not in executor._compiled]))

@@ -50,8 +50,9 @@ def prefill_parts(paths: Sequence[str], layers: int) -> list[Part]:
 
     A GPU begins with a program when the host has looked at all of its arrays and brought its CUDA graph up to date: 1.3
     of the 6.2 ms that a prompt of 128 tokens took an OPT-6.7B on an H200. So some layers come before the others, whose
-    turn it is on the host while the device computes. Prompt and 7 steps took 31.8 ms instead of 32.0 to 32.2 on one
-    host, 30.9 instead of 32.7 on another (``benchmarks/NOTES.md``).
+    turn it is on the host while the device computes. Prompt and 7 steps took 31.8 ms instead of 32.1 in one run,
+    30.9 instead of 32.7 in another; of GPT-2 XL the prompt alone 4.1 instead of 4.3, with 7 steps 14.8 instead of 14.5,
+    which is within what samples differ by (``benchmarks/NOTES.md``).
 
     Args:
         paths: of the model's parameters, ``layers.3.mlp.up``.

@@ -168,8 +168,6 @@ def build(name: str) -> Any:
         inputs = PrefillInputs(tokens, tokens, tables, zeros, zeros, zeros, rows)
     else:
         inputs = DecodeInputs(np.arange(executor.batch, dtype=np.int32), zeros, zeros, zeros, tables, rows)
-    weights = (f"layers.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down"))
-    weight = min(plan.parameters[path].nbytes for path in weights)
     if isinstance(inputs, PrefillInputs):
         layout = executor._layout(inputs)
         programs = executor._prefill_programs(inputs, layout, SamplerFeatures(), PromptWish(), None)

@@ -189,7 +189,7 @@ def test_compilation_is_announced_once(root, monkeypatch):
 @pytest.mark.parametrize("mesh", [{"tensor": 1}, {"data": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("name", ["qwen2-late-window", "gpt_neo-local", "gemma2-plain"])
 def test_prompts_in_two_programs_are_what_they_are_in_one(root, monkeypatch, name, mesh):
-    """Layers that differ, tied and learned embeddings; packed prompts, chunks, penalties and log-probabilities."""
+    """Layers that differ, tied and learned embeddings; chunks, penalties and log-probabilities. Packed: test_runner."""
     given = prompts(case(name), (3, 20, 33, 70))
     params = [
         SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, **changes)

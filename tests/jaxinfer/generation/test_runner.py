@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfer import SamplingParams
+from jaxinfer import SamplingParams, programs
 from jaxinfer.engine import InferenceEngine
 from jaxinfer.errors import RequestError
 from jaxinfer.generation import runner as runners
 from jaxinfer.generation.requests import CompletionOutput, RequestOutput
 from jaxinfer.generation.runner import NOT_FINITE, Counters, Runner
 from jaxinfer.generation.scheduler import Packing
+from jaxinfer.steps import InputLayout
 from tests.cases import EOS, case
 from tests.engines import LLAMA, changed, tiny
 from tests.engines import of as engine_of
@@ -408,6 +409,20 @@ def test_packed_prompts_get_what_they_get_alone(piece, mesh, root, monkeypatch):
                 for token, entry in mine.items():
                     assert entry.logprob == pytest.approx(theirs[token].logprob, abs=1e-4)
         assert_idle(crowd)
+
+
+@pytest.mark.parametrize("piece", [None, 16])
+def test_packed_prompts_in_two_programs_get_what_they_get_alone(piece, root, monkeypatch):
+    monkeypatch.setattr(runners, "packing_of", lambda plan: Packing(piece))
+    monkeypatch.setattr(programs, "PARTED_LAYERS", 4)
+    with tiny(root, "qwen2-late-window", mesh={"data": 2, "tensor": 2}, max_batch=8, **PACKED) as crowd:
+        expected = [crowd.generate(prompt, greedy(5)) for prompt in LONG]
+        seen = recorded(crowd, monkeypatch)
+        found = crowd.generate(LONG, greedy(5))
+        layouts = {InputLayout.of(inputs, 2) for inputs in seen if inputs.pieces is not None}
+        assert layouts, "this test tests nothing"
+        assert {key[1] for key in crowd.executor._compiled if key[0] == "prefill front"} >= layouts
+    assert tokens(found) == tokens(expected)
 
 
 def test_chunks_of_long_prompts_are_packed_too(root, monkeypatch):
